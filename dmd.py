@@ -1,0 +1,109 @@
+"""Stage 2: asymmetric distillation with DMD (CausVid, section 4.3 and Algorithm 1): a causal student, a bidirectional teacher.
+
+    python dmd.py           distils the shipped teacher into the shipped ODE-initialised student
+"""
+import copy
+import os
+
+import torch
+from torch.nn import functional as F
+
+from model import load_model, save_model
+from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
+from sample import GUIDANCE
+from teacher import LatentClips, flow_matching_loss
+from text import load_text_encoder
+from training import EMA, WEIGHTS, adamw, autocast, check_training, optimise, run_main, train, training_parser
+from vae import load_vae
+
+
+def dmd_loss(x0_hat, real, fake, schedule, t, eps):
+    """The distribution matching loss, whose gradient on the student's x0_hat [B, T, C, h, w] is
+
+        (x0_fake - x0_real) / mean |x0_hat - x0_real|                                             (DMD, equations 7 and 8)
+
+    That is the gradient of KL(p_fake || p_data) at time t: s_fake - s_real = alpha_t (x0_fake - x0_real) / sigma_t^2, weighted by
+    sigma_t^2 / alpha_t over the mean, which is taken over each clip and makes all t count alike. Like that of any mean it is
+    divided by the number of elements. real(x_t), fake(x_t): the teacher's and the fake score's x0 predictions at t [B, T].
+    Returns (loss, mean |x0_hat - x0_real|). No gradient reaches real or fake.
+    """
+    with torch.no_grad():
+        x_t = schedule.add_noise(x0_hat, eps, t)                       # the student's clip, noised to one t for the whole clip
+        x0_real, x0_fake = real(x_t), fake(x_t)
+        distance = (x0_hat - x0_real).abs().flatten(1).mean(1)
+        gradient = (x0_fake - x0_real) / distance.reshape(-1, *[1] * (x0_hat.ndim - 1)).clamp(min=1e-6)
+    # a loss with this gradient: 1/2 || x0_hat - stopgrad(x0_hat - gradient) ||^2
+    return 0.5 * F.mse_loss(x0_hat, (x0_hat - gradient).detach()), distance.mean()
+
+
+def student_x0(student, x0, text, generator):
+    """Algorithm 1, first half: noise each chunk of real latents x0 at its own student time, 0 included, and let the causal
+    student predict them all at once. -> x0_hat; a chunk at time 0 is context, and stays what it is."""
+    c, schedule = student.config, student.schedule
+    level = chunk_levels(x0.shape[0], x0.shape[1], c.chunk, STUDENT_STEPS + 1, generator)
+    t = schedule.timesteps(STUDENT_STEPS).float()[level].to(x0.device)
+    x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0.device), t)
+    return schedule.x0(x_t, student(x_t, t, text, chunk=c.chunk, window=c.window).float(), t)
+
+
+def clip_times(count, frames, schedule, generator, device):
+    """One diffusion time for each whole clip: uniform over [0.02, 0.98], then shifted: [count, frames]."""
+    u = 0.02 + 0.96 * torch.rand(count, 1, generator=generator)
+    return schedule.shifted(u).expand(-1, frames).to(device)
+
+
+def main():
+    parser = training_parser("Distil the teacher into the causal few-step student.", 1500, 8, 5e-5, "runs/dmd")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
+    parser.add_argument("--fake-updates", type=int, default=5, help="fake-score updates for each update of the student")
+    parser.add_argument("--clips", type=int, default=4096, help="clips in the training set")
+    args = parser.parse_args()
+    check_training(args)
+    torch.manual_seed(args.seed)
+    vae, encoder = load_vae(device=args.device), load_text_encoder(device=args.device)
+    data = LatentClips(vae, args.clips)
+    teacher = load_model(os.path.join(WEIGHTS, "teacher.safetensors"), args.device).requires_grad_(False)
+    fake = copy.deepcopy(teacher).requires_grad_(True).train()         # the online fake score starts as the teacher
+    student = load_model(os.path.join(WEIGHTS, "ode_init.safetensors"), args.device).train()
+    averaged, schedule = copy.deepcopy(student).eval(), student.schedule
+    ema = EMA(student, 0.99)
+    student_optimizer = adamw(student.parameters(), args.lr, betas=(0.0, 0.99))
+    fake_optimizer = adamw(fake.parameters(), 2 * args.lr, betas=(0.0, 0.99))
+
+    def step(i, generator):
+        x0, prompts = data.batch(args.batch_size, data.latents.shape[1], generator, args.device)
+        with torch.no_grad():
+            text = encoder(prompts)
+        update, numbers = i % args.fake_updates == 0, {}
+        with torch.set_grad_enabled(update), autocast(args):
+            x0_hat = student_x0(student, x0, text, generator)
+        t = clip_times(*x0.shape[:2], schedule, generator, args.device)
+        if update:                                                     # one update of the student for five of the fake score
+            def real(x_t):
+                v = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, torch.zeros_like(text)]))
+                v_text, v_null = v.float().chunk(2)
+                return schedule.x0(x_t, v_null + args.guidance * (v_text - v_null), t)
+
+            eps = torch.randn(x0.shape, generator=generator).to(args.device)
+            with autocast(args):
+                loss, distance = dmd_loss(x0_hat, real, lambda x_t: schedule.x0(x_t, fake(x_t, t, text).float(), t), schedule, t, eps)
+            numbers = {"grad": optimise(student_optimizer, loss), "distance": distance}
+            ema.update(student, i // args.fake_updates)
+        with autocast(args):                                           # the fake score learns the student's distribution
+            fake_loss = flow_matching_loss(fake, x0_hat.detach(), t, text, generator)
+        optimise(fake_optimizer, fake_loss)
+        return numbers | {"fake_loss": fake_loss}
+
+    def sheet(path):
+        averaged.load_state_dict(ema.shadow)
+        student_sheet(averaged, vae, encoder, path)
+
+    state = {"student": student, "fake": fake, "ema": ema, "student_optimizer": student_optimizer, "fake_optimizer": fake_optimizer}
+    if train(args, state, step, sheet):
+        path = os.path.join(args.out, "student.safetensors")
+        save_model(path, ema.shadow, student.config, stage="student", steps=args.steps, seconds=round(args.seconds))
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,216 @@
+"""The diffusion transformer and the diffusion schedule.
+
+`DiT` is the text-to-video transformer of Wan 2.1 with the parameter names of its release. Two things are added, neither of
+which adds a parameter: each latent frame has its own diffusion time, and attention can be block-causal, with a cache.
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from attention import CrossAttention, KVCache, SelfAttention, rope_angles, rope_table
+from training import UserError, load_into, load_weights, save_weights
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+@dataclass(frozen=True)
+class Schedule:
+    """x_t = alpha_t x0 + sigma_t eps, and every conversion between v, x0, eps and score. Times broadcast: t [B, T].
+
+    kind "flow" (flow matching, Wan's and the default): alpha = 1 - t, sigma = t, v = eps - x0.
+    kind "cosine" (variance preserving, CausVid's section 3.1): alpha = cos(pi t / 2), sigma = sin(pi t / 2), v = alpha eps - sigma x0.
+    """
+    kind: str = "flow"
+    shift: float = 1.0
+
+    def shifted(self, u):
+        """The timestep shift: u in [0, 1] -> t = s u / (1 + (s - 1) u); s > 1 spends more of the time at high noise."""
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def timesteps(self, steps):
+        """Times of an ODE solver or a few-step student, from 1 to 0, both included: [steps + 1], shifted."""
+        return self.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+
+    def _coefficients(self, t, like):
+        """alpha, sigma and their slopes (a, s), with v = a x0 + s eps and alpha s - sigma a = 1, shaped to multiply `like`."""
+        t = torch.as_tensor(t, device=like.device).to(torch.promote_types(like.dtype, torch.float32))
+        t = t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
+        if self.kind == "flow":
+            return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+        alpha, sigma = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+        return alpha, sigma, -sigma, alpha
+
+    def add_noise(self, x0, eps, t):
+        alpha, sigma, _, _ = self._coefficients(t, x0)
+        return alpha * x0 + sigma * eps                             # x_t = alpha_t x0 + sigma_t eps
+
+    def v(self, x0, eps, t):
+        _, _, a, s = self._coefficients(t, x0)
+        return a * x0 + s * eps
+
+    def x0(self, x_t, v, t):
+        _, sigma, _, s = self._coefficients(t, x_t)
+        return s * x_t - sigma * v                                  # the inverse of (x0, eps) -> (x_t, v), whose determinant is 1
+
+    def eps(self, x_t, v, t):
+        alpha, _, a, _ = self._coefficients(t, x_t)
+        return alpha * v - a * x_t
+
+    def v_from_x0(self, x_t, x0, t):
+        _, sigma, _, s = self._coefficients(t, x_t)
+        return (s * x_t - x0) / sigma
+
+    def score(self, x_t, v, t):
+        _, sigma, _, _ = self._coefficients(t, x_t)
+        return -self.eps(x_t, v, t) / sigma                         # grad log p(x_t) = -eps / sigma_t; sigma must not be 0
+
+    def step(self, x_t, v, t, r):
+        """One step of the probability-flow ODE from t to r, x_r = alpha_r x0 + sigma_r eps: DDIM, for flow matching Euler."""
+        return self.add_noise(self.x0(x_t, v, t), self.eps(x_t, v, t), r)
+
+
+# --------------------------------------------------------------------------------------------------------- transformer
+@dataclass
+class ModelConfig:
+    """Field names of Wan 2.1's release; the defaults are the small model for the shapes world, `WAN_1_3B` the public one."""
+    dim: int = 192
+    ffn_dim: int = 592
+    freq_dim: int = 128
+    in_dim: int = 8
+    out_dim: int = 8
+    num_heads: int = 3
+    num_layers: int = 7
+    text_dim: int = 64
+    patch_size: tuple = (1, 2, 2)
+    shift: float = 3.0          # timestep shift that the model was trained with and samples with
+    chunk: int = 3              # k, latent frames a chunk when used causally
+    window: int = 4             # W, chunks that a chunk sees when used causally, itself included
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; the first and the last modulated by the frame's diffusion time."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.dim, 1e-6, elementwise_affine=False)
+        self.self_attn = SelfAttention(c.dim, c.num_heads)
+        self.norm3 = nn.LayerNorm(c.dim, 1e-6)
+        self.cross_attn = CrossAttention(c.dim, c.num_heads)
+        self.norm2 = nn.LayerNorm(c.dim, 1e-6, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, time, keys, **attention):
+        """x [B, L, D], time [B, T, 6, D], keys: the prompt's for this layer; attention: arguments of SelfAttention."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(2)   # each [B, T, 1, D]
+        frames = lambda y: y.unflatten(1, (time.shape[1], -1))                                            # [B, T, hw, D]
+        y = (frames(self.norm1(x)) * (1 + scale1) + shift1).flatten(1, 2)
+        x = x + (frames(self.self_attn(y, **attention)) * gate1).flatten(1, 2)
+        x = x + self.cross_attn(self.norm3(x), keys)
+        y = (frames(self.norm2(x)) * (1 + scale2) + shift2).flatten(1, 2)
+        return x + (frames(self.ffn(y)) * gate2).flatten(1, 2)
+
+
+class Head(nn.Module):
+    """Tokens back to patches, modulated by the time embedding."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.LayerNorm(c.dim, 1e-6, elementwise_affine=False)
+        self.head = nn.Linear(c.dim, math.prod(c.patch_size) * c.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
+
+    def forward(self, x, time):
+        """x [B, L, D], time [B, T, D] -> [B, L, patch * out_dim]."""
+        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+        y = self.norm(x).unflatten(1, (time.shape[1], -1))
+        return self.head((y * (1 + scale) + shift).flatten(1, 2))
+
+
+def sinusoidal_embedding(t, dim):
+    """[cos, sin] of t [...] at dim / 2 frequencies from 1 to 1/10000 -> [..., dim], computed in float64 as Wan does."""
+    half = dim // 2
+    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class DiT(nn.Module):
+    """v(x_t, t, text): the network of every stage. Teacher: chunk=None. Student: chunk=k, with a cache when it samples."""
+
+    def __init__(self, config=ModelConfig()):
+        super().__init__()
+        self.config, c = config, config
+        if c.dim % c.num_heads or (c.dim // c.num_heads) % 2:
+            raise ValueError(f"dim {c.dim} must split into {c.num_heads} heads of even width")
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.head = Head(c)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.head.head.weight)
+
+    @property
+    def schedule(self):
+        return Schedule(shift=self.config.shift)
+
+    def text_keys(self, text):
+        """Prompt embeddings [B, S, text_dim] -> every layer's cross-attention keys and values: once per prompt, not per step."""
+        text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        return [block.cross_attn.keys(text) for block in self.blocks]
+
+    def new_cache(self, batch, height, width, chunk=None, window=None):
+        """An empty KVCache for latents of height x width; chunk and window default to the config's."""
+        c, weight = self.config, self.patch_embedding.weight
+        return KVCache(c.num_layers, batch, chunk or c.chunk, window or c.window, height // c.patch_size[1],
+                       width // c.patch_size[2], c.num_heads, c.dim // c.num_heads, weight.device, weight.dtype)
+
+    def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None):
+        """Predict v for noisy latents.
+
+        x_t [B, T, C, h, w]; t [B, T] in [0, 1], one per latent frame; text [B, S, text_dim], or what `text_keys` made of it.
+        chunk=None: bidirectional over all that is given. chunk=k: block-causal, chunks of k latent frames, of which each
+        sees itself and the window - 1 before it (None: all). cache: the new chunks come after the cache's past, whose keys they see.
+        -> v, shaped as x_t. Raises ValueError for latents that do not split into patches.
+        """
+        B, T, C, h, w = x_t.shape
+        (pt, ph, pw), c = self.config.patch_size, self.config
+        if C != c.in_dim or T % pt or h % ph or w % pw:
+            raise ValueError(f"latents {tuple(x_t.shape)} need {c.in_dim} channels and sides divisible by the patch {c.patch_size}")
+        grid = (T // pt, h // ph, w // pw)
+        # patches, flattened as the convolution's weight is: one matrix product
+        x = x_t.reshape(B, grid[0], pt, C, grid[1], ph, grid[2], pw).permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(B, math.prod(grid), -1)
+        x = nn.functional.linear(x.to(self.patch_embedding.weight.dtype), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+        time = self.time_embedding(sinusoidal_embedding(t[:, ::pt] * 1000, c.freq_dim).to(x.dtype))                 # [B, T, D]
+        modulation = self.time_projection(time).unflatten(-1, (6, c.dim))                                # [B, T, 6, D]
+        keys = self.text_keys(text) if torch.is_tensor(text) else text
+        start = cache.frames if cache is not None else 0
+        table = rope_table(rope_angles(c.dim // c.num_heads, *grid, start, x.device), x.dtype)
+        tokens = chunk * grid[1] * grid[2] if chunk is not None else None
+        for layer, block in enumerate(self.blocks):
+            x = block(x, modulation, keys[layer], table=table, chunk=tokens, window=window, cache=cache, layer=layer)
+
+        x = self.head(x, time).unflatten(-1, (pt, ph, pw, c.out_dim)).unflatten(1, grid)
+        return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(B, T, c.out_dim, h, w).to(x_t.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- weights files
+def save_model(path, tensors, config, **origin):
+    """Write a DiT's tensors as safetensors in bf16, with its config and origin in the metadata."""
+    save_weights(path, tensors, asdict(config), **origin)
+
+
+def load_model(path, device="cpu"):
+    """The DiT of a weights file, ready to use. Raises UserError if the file is missing, damaged or of something else."""
+    tensors, config = load_weights(path)
+    if not isinstance(config, dict) or "num_layers" not in config:
+        raise UserError(f"{path} does not hold a transformer of this project")
+    config["patch_size"] = tuple(config["patch_size"])
+    return load_into(DiT(ModelConfig(**config)), tensors, path).to(device).eval()

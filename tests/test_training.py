@@ -1,0 +1,83 @@
+import json
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from training import EMA, UserError, adamw, load_weights, optimise, save_weights, train
+
+
+def run(out, steps=9, resume=False, die_at=None, minutes=math.inf):
+    """A small training run; die_at: the power goes in this step."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 4)
+    ema, optimizer = EMA(net), adamw(net.parameters(), 0.1)
+    os.makedirs(out, exist_ok=True)
+    args = SimpleNamespace(seed=0, steps=steps, out=str(out), resume=resume, save_every=2, minutes=minutes, device=torch.device("cpu"))
+
+    def step(i, generator):
+        if i == die_at:
+            raise SystemError("power cut")
+        x = torch.randn(8, 4, generator=generator)
+        loss = (net(x) - x.flip(1)).square().mean()
+        norm = optimise(optimizer, loss)
+        ema.update(net, i)
+        return {"loss": loss, "grad": norm}
+
+    done = train(args, {"net": net, "ema": ema, "optimizer": optimizer}, step, sheet=lambda path: None, warmup=3)
+    return done, net.state_dict(), ema.shadow
+
+
+@pytest.mark.parametrize("die_at", [3, 6, 8])
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, die_at):
+    _, net, ema = run(tmp_path / "whole")
+    with pytest.raises(SystemError):
+        run(tmp_path / "cut", die_at=die_at)
+    done, net2, ema2 = run(tmp_path / "cut", resume=True)
+    assert done and all(torch.equal(net[k], net2[k]) and torch.equal(ema[k], ema2[k]) for k in net)
+
+
+def test_minutes_stop_a_run_that_resumes_to_the_same_weights(tmp_path):
+    _, net, _ = run(tmp_path / "whole")
+    assert run(tmp_path / "cut", minutes=1e-9)[0] is False
+    assert run(tmp_path / "cut", resume=True, minutes=1e-9)[0] is False
+    done, net2, _ = run(tmp_path / "cut", resume=True)
+    assert done and all(torch.equal(net[k], net2[k]) for k in net)
+
+
+def test_log_has_every_tenth_step_once_after_a_resume(tmp_path):
+    with pytest.raises(SystemError):
+        run(tmp_path, steps=30, die_at=21)
+    run(tmp_path, steps=30, resume=True)
+    steps = [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")]
+    assert steps == [0, 10, 20, 29]
+
+
+def test_weights_are_bf16_with_metadata_and_damaged_files_are_refused(tmp_path):
+    path = str(tmp_path / "w.safetensors")
+    save_weights(path, {"a": torch.ones(1000)}, {"dim": 3}, steps=7, quality="good")
+    tensors, config = load_weights(path)
+    assert config == {"dim": 3} and tensors["a"].dtype == torch.float32
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("a").dtype == torch.bfloat16
+        assert {"command", "commit", "hardware", "steps", "quality"} <= set(file.metadata())
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+    whole = open(path, "rb").read()
+    for part in (whole[:100], whole[:-10], b"", b"not safetensors at all"):
+        with open(path, "wb") as file:
+            file.write(part)
+        with pytest.raises(UserError, match="w.safetensors"):
+            load_weights(path)
+
+
+def test_average_moves_slowly_to_the_weights():
+    net = torch.nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(0.0)
+    ema = EMA(net, decay=0.9)
+    net.weight.data.fill_(1.0)
+    for i in range(1000, 1010):
+        ema.update(net, i)
+    assert ema.shadow["weight"].item() == pytest.approx(1 - 0.9 ** 10, rel=1e-4)

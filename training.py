@@ -1,0 +1,249 @@
+"""What every training script shares: flags, set-up, averaged weights, checkpoints, resume, log, safetensors files.
+
+A script builds its networks and optimisers, then calls `train` with a function that makes one step. All that a run needs to
+go on lies in OUT/checkpoint.pt: networks, optimisers, averages, step and random state. A run stopped at any moment and
+resumed ends in the same weights, bit for bit (float32, CPU), as one that was never stopped.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line on stderr, exit status 2."""
+
+
+def run_main(main):
+    """Call main() as a command line does: a UserError ends in one line and status 2, Ctrl-C in status 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(error):
+    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    return 2
+
+
+# ---------------------------------------------------------------------------------------------------- device and dtype
+def choose_device(name):
+    """"auto", "cpu", "cuda", "cuda:1" ... -> torch.device. Raises UserError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {name!r} is not available here; try --device auto") from None
+    return device
+
+
+def choose_dtype(name, device):
+    """"auto", "float32" or "bfloat16" -> torch.dtype.
+
+    auto is bfloat16 where the hardware multiplies in it: on CUDA, and on processors with AMX or AVX512-BF16. Where it is
+    emulated it is four times slower than float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    has = lambda check: getattr(torch.cpu, check, lambda: False)()
+    fast = device.type == "cuda" or has("_is_amx_tile_supported") or has("_is_avx512_bf16_supported")
+    return torch.bfloat16 if fast else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------- weights files
+def save_weights(path, tensors, config, **origin):
+    """Write tensors to a safetensors file in bf16, with the config as JSON and where they came from in the metadata."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(WEIGHTS),
+                            capture_output=True, text=True).stdout.strip()
+    metadata = {"config": json.dumps(config), "command": " ".join(["python", os.path.basename(sys.argv[0])] + sys.argv[1:]),
+                "commit": commit or "unknown", "hardware": hardware()} | {k: str(v) for k, v in origin.items()}
+    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
+    save_file(tensors, path + ".tmp", metadata)
+    os.replace(path + ".tmp", path)
+
+
+def load_weights(path):
+    """Read a safetensors file: (tensors in float32, config dict or None). Raises UserError if it is missing or damaged."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no weights file {path}; train it first or name another one")
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "null"))
+            return {k: file.get_tensor(k).float() for k in file.keys()}, config
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({str(error).splitlines()[0]})") from None
+
+
+def load_into(module, tensors, path):
+    """Load tensors into a module, all of them and nothing else; raises UserError for weights of another config."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} do not fit the model: {str(error).splitlines()[1].strip()}") from None
+    return module
+
+
+def hardware():
+    """The device in words, for metadata."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+def training_parser(description, steps, batch_size, lr, out):
+    """The flags that every training script has."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--steps", type=int, default=steps, help="length of the run; the learning rate falls to 0 over it")
+    add("--batch-size", type=int, default=batch_size)
+    add("--lr", type=float, default=lr)
+    add("--seed", type=int, default=0)
+    add("--out", default=out, help="folder for checkpoint, log, sheets and the trained weights")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--save-every", type=int, default=200, help="steps between two checkpoints")
+    add("--minutes", type=float, default=math.inf, help="stop after so many minutes; --resume goes on")
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    return parser
+
+
+def check_training(args):
+    """Raise UserError for flag values that no run can have; make the output folder; choose device and dtype in place."""
+    for flag in ("steps", "batch_size", "save_every", "minutes", "lr"):
+        if not getattr(args, flag) > 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be greater than 0")
+    args.device = choose_device(args.device)
+    args.dtype = choose_dtype(args.dtype, args.device)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    checkpoint = os.path.exists(os.path.join(args.out, "checkpoint.pt"))
+    if args.resume and not checkpoint:
+        raise UserError(f"nothing to resume: {args.out} has no checkpoint.pt")
+    if checkpoint and not args.resume:
+        raise UserError(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
+
+
+class EMA:
+    """Exponential moving average of a network's weights: what is sampled from and shipped."""
+
+    def __init__(self, module, decay=0.999):
+        self.decay = decay
+        self.shadow = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module, step):
+        # a short run must not remember its start: the memory grows with the run up to 1 / (1 - decay) steps
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for k, v in module.state_dict().items():
+            self.shadow[k].lerp_(v, 1 - decay)
+
+    def state_dict(self):
+        return self.shadow
+
+    def load_state_dict(self, state):
+        for k, v in state.items():
+            self.shadow[k].copy_(v)
+
+
+def autocast(args):
+    """bf16 autocast where the run's dtype is bf16; master weights and optimiser stay in float32."""
+    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
+
+
+def adamw(parameters, lr, **options):
+    """AdamW for parameters of any shape: no weight decay, gradients are clipped by `optimise`."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True, **options)
+
+
+def optimise(optimizer, loss, clip=1.0):
+    """One optimiser step on a loss; returns the norm of the gradient before it was clipped to `clip`."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    optimizer.step()
+    return norm
+
+
+def train(args, state, step, sheet, warmup=50, hold=0.0):
+    """Run `step(i, generator) -> dict of numbers to log` for i = 0 .. args.steps - 1, resuming where a run was stopped.
+
+    state: name -> network, optimiser or EMA: everything that a checkpoint must hold. The learning rate of every optimiser rises
+    over `warmup` steps, holds for the first `hold` of the run, and falls to 0 along a cosine. `sheet(path)` draws samples: at
+    every checkpoint. Returns False if the run was stopped (--minutes, Ctrl-C) before its last step, True when it is done.
+    """
+    generator = torch.Generator().manual_seed(args.seed)      # on the CPU: the same numbers on every device
+    path, first, spent = os.path.join(args.out, "checkpoint.pt"), 0, 0.0
+    if args.resume:
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(saved["state"][name])
+        generator.set_state(saved["generator"].cpu())
+        first, spent = saved["step"], saved["seconds"]
+        _forget_after(os.path.join(args.out, "log.jsonl"), first)
+    optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
+    base = [[group["lr"] for group in o.param_groups] if not args.resume else saved["base_lr"][i] for i, o in enumerate(optimizers)]
+    stop = []                                     # Ctrl-C and kill let the step in progress end, then save
+    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    started, bar = time.time(), tqdm(total=args.steps, initial=first, desc=os.path.basename(args.out), mininterval=2)
+
+    def save(i):
+        torch.save({"state": {k: v.state_dict() for k, v in state.items()}, "generator": generator.get_state(),
+                    "step": i, "seconds": spent + time.time() - started, "base_lr": base}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+    with open(os.path.join(args.out, "log.jsonl"), "a", buffering=1) as log:
+        for i in range(first, args.steps):
+            progress = max(0.0, i / args.steps - hold) / (1 - hold)
+            scale = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+            for optimizer, rates in zip(optimizers, base):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * scale
+            numbers = step(i, generator)
+            if i % 10 == 0 or i + 1 == args.steps:
+                numbers = {k: round(torch.as_tensor(v).item(), 6) for k, v in numbers.items()}
+                log.write(json.dumps({"step": i, "seconds": round(spent + time.time() - started, 1), **numbers}) + "\n")
+                bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+            bar.update()
+            done, late = i + 1 == args.steps, time.time() - started > 60 * args.minutes
+            if done or late or stop or (i + 1) % args.save_every == 0:
+                save(i + 1)
+                sheet(os.path.join(args.out, "sheet.png"))
+            if late or stop:
+                break
+    bar.close()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    args.seconds = spent + time.time() - started
+    if first < args.steps and not done:
+        print(f"stopped after step {i + 1} of {args.steps}; go on with --resume")
+    return first >= args.steps or done
+
+
+def _forget_after(path, step):
+    """Drop the log lines of steps that a resumed run will make again (written after the checkpoint it starts from)."""
+    if os.path.exists(path):
+        with open(path) as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < step]
+        with open(path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)
