@@ -1,4 +1,6 @@
-"""Block-causal attention, rotary positions in three dimensions, and the key-value cache (CausVid, sections 4.1 and 4.4).
+"""Block-causal attention, rotary positions in three dimensions, and the key-value cache.
+
+CausVid's "Autoregressive architecture" and "Efficient inference with KV caching".
 
 Training on a whole clip and sampling with a cache are one computation: `attend_chunks` attends each chunk's queries to all keys
 up to the end of that chunk. In training the keys are the clip's own; in sampling those of past chunks come from the cache.
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 def block_causal_mask(frames, chunk, window=None):
     """The mask that everything here computes without ever making it: bool [frames, frames], True where i may see j.
 
-    M[i, j] = 1 where floor(j / k) <= floor(i / k), else 0                                          (CausVid, equation 6)
+    M[i, j] = 1 where floor(j / k) <= floor(i / k), else 0                               (CausVid, "Autoregressive architecture")
     With a window of W chunks also floor(i / k) - floor(j / k) < W: a chunk sees itself and the W - 1 before it.
     """
     block = torch.arange(frames) // chunk
@@ -148,3 +150,12 @@ class CrossAttention(nn.Module):
         """x [B, L, D], keys from `keys` -> [B, L, D]."""
         q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
         return self.o(attend(q, *keys).flatten(2))
+
+
+if __name__ == "__main__":                                           # draw the README's picture of the mask
+    import sys
+
+    import imageio.v3 as iio
+    mask = block_causal_mask(frames=21, chunk=3).byte() * 170 + 60
+    mask += 25 * block_causal_mask(frames=21, chunk=3, window=4).byte()
+    iio.imwrite(sys.argv[1] if len(sys.argv) > 1 else "mask.png", mask.repeat_interleave(12, 0).repeat_interleave(12, 1).numpy())

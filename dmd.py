@@ -1,4 +1,4 @@
-"""Stage 2: asymmetric distillation with DMD (CausVid, section 4.3 and Algorithm 1): a causal student, a bidirectional teacher.
+"""Stage 2: asymmetric distillation with DMD (CausVid, Algorithm 1): a causal student, a bidirectional teacher.
 
     python dmd.py           distils the shipped teacher into the shipped ODE-initialised student
 """
@@ -56,7 +56,7 @@ def main():
     parser = training_parser("Distil the teacher into the causal few-step student.", 1500, 8, 5e-5, "runs/dmd")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
     parser.add_argument("--fake-updates", type=int, default=5, help="fake-score updates for each update of the student")
-    parser.add_argument("--clips", type=int, default=4096, help="clips in the training set")
+    parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
@@ -69,6 +69,10 @@ def main():
     ema = EMA(student, 0.99)
     student_optimizer = adamw(student.parameters(), args.lr, betas=(0.0, 0.99))
     fake_optimizer = adamw(fake.parameters(), 2 * args.lr, betas=(0.0, 0.99))
+
+    if args.compile:
+        for network in (student, teacher, fake):
+            network.compile()
 
     def step(i, generator):
         x0, prompts = data.batch(args.batch_size, data.latents.shape[1], generator, args.device)

@@ -19,7 +19,7 @@ class Schedule:
     """x_t = alpha_t x0 + sigma_t eps, and every conversion between v, x0, eps and score. Times broadcast: t [B, T].
 
     kind "flow" (flow matching, Wan's and the default): alpha = 1 - t, sigma = t, v = eps - x0.
-    kind "cosine" (variance preserving, CausVid's section 3.1): alpha = cos(pi t / 2), sigma = sin(pi t / 2), v = alpha eps - sigma x0.
+    kind "cosine" (variance preserving, CausVid's notation): alpha = cos(pi t / 2), sigma = sin(pi t / 2), v = alpha eps - sigma x0.
     """
     kind: str = "flow"
     shift: float = 1.0
@@ -105,11 +105,11 @@ class Block(nn.Module):
         """x [B, L, D], time [B, T, 6, D], keys: the prompt's for this layer; attention: arguments of SelfAttention."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(2)   # each [B, T, 1, D]
         frames = lambda y: y.unflatten(1, (time.shape[1], -1))                                            # [B, T, hw, D]
-        y = (frames(self.norm1(x)) * (1 + scale1) + shift1).flatten(1, 2)
-        x = x + (frames(self.self_attn(y, **attention)) * gate1).flatten(1, 2)
+        modulate = lambda y, shift, scale: torch.addcmul(shift, frames(y), 1 + scale).flatten(1, 2)
+        gated = lambda x, y, gate: torch.addcmul(frames(x), frames(y), gate).flatten(1, 2)                # x + gate y
+        x = gated(x, self.self_attn(modulate(self.norm1(x), shift1, scale1), **attention), gate1)
         x = x + self.cross_attn(self.norm3(x), keys)
-        y = (frames(self.norm2(x)) * (1 + scale2) + shift2).flatten(1, 2)
-        return x + (frames(self.ffn(y)) * gate2).flatten(1, 2)
+        return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 
 
 class Head(nn.Module):

@@ -1,4 +1,4 @@
-"""Stage 1: the causal student starts as a regression on the teacher's ODE trajectories (CausVid, section 4.2).
+"""Stage 1: the causal student starts as a regression on the teacher's ODE trajectories (CausVid, "Student initialization").
 
     python ode_init.py      makes the trajectories with the shipped teacher, then trains the student on them
 """
@@ -48,7 +48,7 @@ def chunk_levels(count, frames, chunk, levels, generator):
 
 
 def regression_loss(student, states, text, generator):
-    """L_init = E || G({x_{t^i}^i}, {t^i}) - {x_0^i} ||^2, with a time t^i of its own for each chunk i (CausVid, equation 7).
+    """L_init = E || G({x_{t^i}^i}, {t^i}) - {x_0^i} ||^2, with a time t^i of its own for each chunk i.
 
     states [B, N + 1, T, C, h, w]: a trajectory at the student's N times and 0. Its last state is the target.
     """
@@ -88,6 +88,9 @@ def main():
         os.replace(path + ".tmp", path)
     states, prompts = torch.load(path, weights_only=True)
     ema, optimizer = EMA(student), adamw(student.parameters(), args.lr)
+
+    if args.compile:
+        student.compile()
 
     def step(i, generator):
         index = torch.randint(len(states), (args.batch_size,), generator=generator)

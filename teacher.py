@@ -57,7 +57,7 @@ def draw_times(count, schedule, generator):
 
 
 def flow_matching_loss(model, x0, t, text, generator, **attention):
-    """E || v(x_t, t, text) - (eps - x0) ||^2 for x0 [B, T, C, h, w] and t [B, T] (flow matching, equation of section 3.1)."""
+    """E || v(x_t, t, text) - (eps - x0) ||^2 for x0 [B, T, C, h, w] and t [B, T] (flow matching, the denoising loss)."""
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     v = model(model.schedule.add_noise(x0, eps, t), t, text, **attention)
     return F.mse_loss(v.float(), model.schedule.v(x0, eps, t))
@@ -69,8 +69,8 @@ SHEET_PROMPTS = ["a red circle bouncing on a black background", "a blue star spi
 
 
 def main():
-    parser = training_parser("Train the bidirectional teacher and the text encoder.", 3000, 16, 1e-3, "runs/teacher")
-    parser.add_argument("--clips", type=int, default=4096, help="clips in the training set")
+    parser = training_parser("Train the bidirectional teacher and the text encoder.", 1600, 16, 1.5e-3, "runs/teacher")
+    parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
@@ -81,11 +81,13 @@ def main():
     averaged = nn.ModuleList([DiT(model.config), TextEncoder()]).to(args.device)
     ema, optimizer = EMA(both), adamw(both.parameters(), args.lr, betas=(0.9, 0.99))
 
+    if args.compile:
+        model.compile()
+
     def step(i, generator):
-        # images first, then short clips, then whole ones: geometry is cheap to learn on single frames
-        progress = i / args.steps
-        count, frames = (16 * args.batch_size, 1) if progress < 0.25 else (4 * args.batch_size, 5) if progress < 0.5 else \
-            (args.batch_size, data.latents.shape[1])
+        # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them
+        images = i < 0.22 * args.steps
+        count, frames = (16 * args.batch_size, 1) if images else (args.batch_size, data.latents.shape[1])
         x0, prompts = data.batch(count, frames, generator, args.device)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
         t = draw_times(count, model.schedule, generator)[:, None].expand(-1, frames).to(args.device)

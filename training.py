@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -122,6 +123,7 @@ def training_parser(description, steps, batch_size, lr, out):
     add("--minutes", type=float, default=math.inf, help="stop after so many minutes; --resume goes on")
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add("--compile", action="store_true", help="fuse the networks with torch.compile (needs a C++ compiler, takes a minute)")
     return parser
 
 
@@ -184,19 +186,22 @@ def optimise(optimizer, loss, clip=1.0):
     return norm
 
 
-def train(args, state, step, sheet, warmup=50, hold=0.0):
+def train(args, state, step, sheet, warmup=50):
     """Run `step(i, generator) -> dict of numbers to log` for i = 0 .. args.steps - 1, resuming where a run was stopped.
 
     state: name -> network, optimiser or EMA: everything that a checkpoint must hold. The learning rate of every optimiser rises
-    over `warmup` steps, holds for the first `hold` of the run, and falls to 0 along a cosine. `sheet(path)` draws samples: at
-    every checkpoint. Returns False if the run was stopped (--minutes, Ctrl-C) before its last step, True when it is done.
+    over `warmup` steps and falls to 0 along a cosine. `sheet(path)` draws samples, at every checkpoint. Returns False if the run
+    was stopped (--minutes, Ctrl-C) before its last step, True when it is done. Raises UserError for a damaged checkpoint.
     """
     generator = torch.Generator().manual_seed(args.seed)      # on the CPU: the same numbers on every device
     path, first, spent = os.path.join(args.out, "checkpoint.pt"), 0, 0.0
     if args.resume:
-        saved = torch.load(path, map_location=args.device, weights_only=True)
-        for name, part in state.items():
-            part.load_state_dict(saved["state"][name])
+        try:
+            saved = torch.load(path, map_location=args.device, weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(saved["state"][name])
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} does not fit this run ({str(error).splitlines()[0]})") from None
         generator.set_state(saved["generator"].cpu())
         first, spent = saved["step"], saved["seconds"]
         _forget_after(os.path.join(args.out, "log.jsonl"), first)
@@ -213,8 +218,7 @@ def train(args, state, step, sheet, warmup=50, hold=0.0):
 
     with open(os.path.join(args.out, "log.jsonl"), "a", buffering=1) as log:
         for i in range(first, args.steps):
-            progress = max(0.0, i / args.steps - hold) / (1 - hold)
-            scale = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+            scale = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / args.steps))
             for optimizer, rates in zip(optimizers, base):
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * scale

@@ -140,8 +140,12 @@ class VAE(nn.Module):
 
         To decode a stream, pass the same dict (empty at the start) with every chunk.
         """
+        return self.decode_raw(latents * self._column(self.std) + self._column(self.mean), state)
+
+    def decode_raw(self, latents, state=None):
+        """`decode` of latents that are not normalised."""
         first = not state
-        video = self._run(self.decoder, latents * self._column(self.std) + self._column(self.mean), state)
+        video = self._run(self.decoder, latents, state)
         return video[:, self.config.time_stride - 1:] if first else video
 
     @staticmethod
@@ -183,21 +187,26 @@ def held_out_psnr(vae, count=64, batch=8, seed=1234):
 def main():
     parser = training_parser("Train the causal video autoencoder on the shapes world.", 1500, 8, 2e-3, "runs/vae")
     parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term beside the squared error")
+    parser.add_argument("--decoder-only", action="store_true",
+                        help="go on with the shipped decoder: latents, and all that was trained on them, stay as they are")
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
-    vae = VAE().to(args.device)
-    ema, optimizer, averaged = EMA(vae, 0.998), adamw(vae.parameters(), args.lr), VAE().to(args.device)
+    vae, averaged = (load_vae(device=args.device) if args.decoder_only else VAE().to(args.device) for _ in range(2))
+    trained = vae.decoder if args.decoder_only else vae
+    ema, optimizer = EMA(vae, 0.998), adamw(trained.parameters(), args.lr, betas=(0.9, 0.99))
 
     def step(i, generator):
-        # shapes and edges are learnt on single frames, at a fraction of the cost; then motion on short clips
-        clips, frames = (2 * args.batch_size, 1) if i < 0.1 * args.steps else (args.batch_size, 9)
+        # shapes and colours are learnt on many single frames, then motion on short clips, and last what a frame may remember
+        progress, B = 1.0 if args.decoder_only else i / args.steps, args.batch_size
+        clips, frames = (2 * B, 1) if progress < 0.28 else (B, 5) if progress < 0.6 else (-(-2 * B // 3), 9)
         start = torch.randint(FRAMES - frames, (), generator=generator).item()
         video = sample_clips(clips, generator).to(args.device).render(start, frames)
         with autocast(args):
-            mean, logvar = vae.moments(video)
-            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(args.device)
-            reconstruction = vae.decode(z)
+            with torch.set_grad_enabled(not args.decoder_only):
+                mean, logvar = vae.moments(video)
+            noise = 0.0 if args.decoder_only else (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(args.device)
+            reconstruction = vae.decode_raw(mean + noise)
         error = F.mse_loss(reconstruction.float(), video)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()          # of N(mean, var) from N(0, 1)
         norm = optimise(optimizer, error + args.kl * kl)
@@ -213,7 +222,8 @@ def main():
 
     if train(args, {"vae": vae, "ema": ema, "optimizer": optimizer}, step, sheet):
         averaged.load_state_dict(ema.shadow)
-        averaged.normalise(sample_clips(64, torch.Generator().manual_seed(2)).to(args.device).render())
+        if not args.decoder_only:
+            averaged.normalise(sample_clips(64, torch.Generator().manual_seed(2)).to(args.device).render())
         quality = held_out_psnr(averaged)
         path = os.path.join(args.out, "vae.safetensors")
         save_weights(path, averaged.state_dict(), asdict(averaged.config), steps=args.steps, seconds=round(args.seconds),
