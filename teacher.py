@@ -82,7 +82,7 @@ def main():
     ema, optimizer = EMA(both), adamw(both.parameters(), args.lr, betas=(0.9, 0.99))
 
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)                                   # a graph for images, a graph for clips
 
     def step(i, generator):
         # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import DiT, ModelConfig, save_model
-from sample import make_chunk, solve_ode, stream
+from sample import FrameWriter, make_chunk, solve_ode, stream
 from text import TextEncoder
 from training import WEIGHTS, save_weights
 from vae import VAE, VAEConfig
@@ -72,6 +72,15 @@ def test_bad_input_ends_in_one_clear_line_and_status_2(tiny, tmp_path):
         assert done.returncode == 2 and len(lines) == 1 and words in lines[0], (arguments, done.stderr)
         assert "Traceback" not in done.stderr
         assert os.listdir(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"there before"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
+def test_a_run_that_fails_midway_leaves_no_half_written_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"there before")
+    with pytest.raises(RuntimeError), FrameWriter(str(tmp_path / name), 32) as out:
+        out.write(torch.zeros(16, 3, 64, 64))
+        raise RuntimeError("out of memory")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"there before"
 
 
 def parts():
