@@ -48,6 +48,16 @@ def test_writes_a_sheet_and_samples_the_teacher(tiny, tmp_path):
     assert iio.imread(tmp_path / "sheet.png").shape == (2 * 66, 8 * 66, 3) and os.listdir(tmp_path) == ["sheet.png"]
 
 
+def test_shipped_weights_make_a_video(tmp_path):
+    done = sample("--prompt", PROMPT, "--seconds", 1, "--out", tmp_path / "a.gif")
+    assert done.returncode == 0, done.stderr
+    frames = iio.imread(tmp_path / "a.gif").astype(int)
+    assert frames.shape == (16, 64, 64, 3)
+    assert frames[:, :3, :3].mean() < 40                                              # a black background ...
+    reddest = (frames[..., 0] - frames[..., 1]).reshape(16, -1).max(1)
+    assert (reddest > 80).all()                                                       # ... and something red in every frame
+
+
 def bad_inputs(folder):
     truncated, other = folder / "truncated.safetensors", folder / "other.safetensors"
     truncated.write_bytes((folder / "model.safetensors").read_bytes()[:2000])
