@@ -53,6 +53,7 @@ def clip_times(count, frames, schedule, generator, device):
 
 
 def main():
+    """Algorithm 1: five updates of the fake score on the student's clips for one of the student by `dmd_loss`."""
     parser = training_parser("Distil the teacher into the causal few-step student.", 1500, 8, 5e-5, "runs/dmd")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
     parser.add_argument("--fake-updates", type=int, default=5, help="fake-score updates for each update of the student")
