@@ -102,6 +102,7 @@ def parts():
 
 def latents(seed, chunks, **options):
     model, vae, text = parts()
+    torch.seed()                                                                      # the global random state must not matter
     source = stream(model, vae, text, torch.Generator().manual_seed(seed), **options)
     return torch.cat([next(source)[0] for _ in range(chunks)], dim=1)
 
