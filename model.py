@@ -73,7 +73,7 @@ class Schedule:
 # --------------------------------------------------------------------------------------------------------- transformer
 @dataclass
 class ModelConfig:
-    """Field names of Wan 2.1's release; the defaults are the small model for the shapes world, `WAN_1_3B` the public one."""
+    """Field names of Wan 2.1's release; the defaults are the small model for the shapes world."""
     dim: int = 192
     ffn_dim: int = 592
     freq_dim: int = 128
