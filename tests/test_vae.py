@@ -72,3 +72,7 @@ def test_the_past_is_remembered(vae):
 def test_missing_weights_are_named():
     with pytest.raises(UserError, match="nowhere.safetensors"):
         load_vae("nowhere.safetensors")
+
+
+def test_shipped_weights_reconstruct_held_out_clips():
+    assert held_out_psnr(load_vae(), count=8) >= 34
