@@ -14,7 +14,7 @@ from model import load_model, save_model
 from sample import solve_ode, stream
 from teacher import SHEET_PROMPTS
 from text import load_text_encoder
-from training import (EMA, WEIGHTS, UserError, adamw, autocast, check_training, optimise, run_main, train, training_parser)
+from training import (EMA, WEIGHTS, Muon, UserError, autocast, check_training, optimise, run_main, train, training_parser)
 from vae import load_vae
 
 STUDENT_STEPS = 4
@@ -87,7 +87,7 @@ def main():
         torch.save(make_trajectories(averaged, encoder, args.trajectories, args.solver_steps, (21, 8, 8, 8), args.device), path + ".tmp")
         os.replace(path + ".tmp", path)
     states, prompts = torch.load(path, weights_only=True)
-    ema, optimizer = EMA(student), adamw(student.parameters(), args.lr)
+    ema, optimizer = EMA(student), Muon(student.blocks.parameters(), student.parameters(), args.lr)
 
     if args.compile:
         student.compile()

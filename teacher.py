@@ -15,8 +15,7 @@ from data import Clips, sample_clips, save_sheet
 from model import DiT, ModelConfig, save_model
 from sample import solve_ode
 from text import TextEncoder
-from training import (EMA, WEIGHTS, adamw, autocast, check_training, optimise, run_main, save_weights, train,
-                      training_parser)
+from training import (EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, save_weights, train, training_parser)
 from vae import load_vae
 
 
@@ -69,7 +68,7 @@ SHEET_PROMPTS = ["a red circle bouncing on a black background", "a blue star spi
 
 
 def main():
-    parser = training_parser("Train the bidirectional teacher and the text encoder.", 1600, 16, 1.5e-3, "runs/teacher")
+    parser = training_parser("Train the bidirectional teacher and the text encoder.", 1600, 16, 2e-3, "runs/teacher")
     parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
     args = parser.parse_args()
     check_training(args)
@@ -79,14 +78,14 @@ def main():
     model, encoder = (DiT(ModelConfig()).to(args.device), TextEncoder().to(args.device))
     both = nn.ModuleList([model, encoder])
     averaged = nn.ModuleList([DiT(model.config), TextEncoder()]).to(args.device)
-    ema, optimizer = EMA(both), adamw(both.parameters(), args.lr, betas=(0.9, 0.99))
+    ema, optimizer = EMA(both), Muon(model.blocks.parameters(), both.parameters(), args.lr)
 
     if args.compile:
         model.compile(dynamic=False)                                   # a graph for images, a graph for clips
 
     def step(i, generator):
         # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them
-        images = i < 0.22 * args.steps
+        images = i < 0.16 * args.steps
         count, frames = (16 * args.batch_size, 1) if images else (args.batch_size, data.latents.shape[1])
         x0, prompts = data.batch(count, frames, generator, args.device)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt

@@ -177,6 +177,50 @@ def adamw(parameters, lr, **options):
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True, **options)
 
 
+class Muon(torch.optim.AdamW):
+    """AdamW, but for the matrices among `hidden`, the hidden layers' parameters, momentum made orthogonal (Muon, K. Jordan et al., 2024).
+
+    parameters: all that are trained, the hidden ones included. A gradient is dominated by a few singular directions. Muon sets all singular values of the momentum to about 1, so that a step
+    learns in every direction. An orthogonal [m, n] matrix has entries of root mean square 1 / sqrt(max(m, n)); scaled to 0.2, as
+    large as AdamW's steps are, one learning rate serves both (Moonlight, 2025).
+    """
+
+    def __init__(self, hidden, parameters, lr, momentum=0.95):
+        matrices = [p for p in hidden if p.ndim == 2]
+        mine = {id(p) for p in matrices}
+        super().__init__([p for p in parameters if id(p) not in mine], lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.add_param_group({"params": matrices, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        group, shapes = self.param_groups[1], {}
+        for p in group["params"]:
+            shapes.setdefault(p.shape, []).append(p)
+        for shape, matrices in shapes.items():                                # all matrices of a shape at once
+            for p in matrices:
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))       # loading AdamW's state asks for a step
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                p.grad.lerp_(state["momentum"], group["momentum"])            # Nesterov: look one step ahead
+            update = orthogonal(torch.stack([p.grad for p in matrices])) * (0.2 * max(shape) ** 0.5)
+            torch._foreach_add_(matrices, list(update), alpha=-group["lr"])
+            for p in matrices:
+                p.grad = None                                                 # nothing is left for AdamW
+        super().step()
+
+
+def orthogonal(x):
+    """Matrices [N, m, n] with about the same singular vectors, and singular values between 0.7 and 1.2: Newton-Schulz iteration."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
 def optimise(optimizer, loss, clip=1.0):
     """One optimiser step on a loss; returns the norm of the gradient before it was clipped to `clip`."""
     optimizer.zero_grad(set_to_none=True)
