@@ -91,9 +91,14 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
     def put(self, layer, k, v):
-        """Write k, v [B, L, H, d] of the chunk in the making; -> the layer's k, v [B, past + L, H, d], a view."""
+        """Write k, v [B, L, H, d] of the chunk in the making; -> the layer's k, v [B, past + L, H, d], a view.
+
+        Where gradients are taken they flow through the chunk in the making; the past is a constant.
+        """
         past, end = self.frames * self.tokens, self.frames * self.tokens + k.shape[1]
-        self.k[layer, :, past:end], self.v[layer, :, past:end] = k, v
+        self.k[layer, :, past:end], self.v[layer, :, past:end] = k.detach(), v.detach()
+        if k.requires_grad:
+            return torch.cat([self.k[layer, :, :past], k], dim=1), torch.cat([self.v[layer, :, :past], v], dim=1)
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
     def commit(self, frames):

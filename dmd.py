@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from model import load_model, save_model
 from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
-from sample import GUIDANCE
+from sample import GUIDANCE, guided_v, make_chunk, with_null
 from teacher import LatentClips, flow_matching_loss
 from text import load_text_encoder
 from training import EMA, WEIGHTS, adamw, autocast, check_training, optimise, run_main, train, training_parser
@@ -46,6 +46,19 @@ def student_x0(student, x0, text, generator):
     return schedule.x0(x_t, student(x_t, t, text, chunk=c.chunk, window=c.window).float(), t)
 
 
+def rollout(student, noise, text, generator):
+    """Self Forcing: the student's own clip, chunk by chunk from its own cache exactly as in sampling, noise [B, T, C, h, w] -> x0_hat.
+
+    Each chunk stops after a random number of denoising steps, and the gradient goes through the last of them alone; what later
+    chunks read of it from the cache is a constant.
+    """
+    c, times = student.config, student.schedule.timesteps(STUDENT_STEPS)
+    cache, keys = student.new_cache(len(noise), *noise.shape[-2:]), student.text_keys(text)
+    stops = torch.randint(1, STUDENT_STEPS + 1, (-(-noise.shape[1] // c.chunk),), generator=generator).tolist()
+    return torch.cat([make_chunk(student, chunk, times, keys, cache, generator, stop=stop)
+                      for chunk, stop in zip(noise.split(c.chunk, dim=1), stops)], dim=1)
+
+
 def clip_times(count, frames, schedule, generator, device):
     """One diffusion time for each whole clip: uniform over [0.02, 0.98], then shifted: [count, frames]."""
     u = 0.02 + 0.96 * torch.rand(count, 1, generator=generator)
@@ -57,16 +70,22 @@ def main():
     parser = training_parser("Distil the teacher into the causal few-step student.", 1500, 8, 5e-5, "runs/dmd")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
     parser.add_argument("--fake-updates", type=int, default=5, help="fake-score updates for each update of the student")
+    parser.add_argument("--teacher", default=os.path.join(WEIGHTS, "teacher.safetensors"), help="weights that the scores start from")
+    parser.add_argument("--student", default=os.path.join(WEIGHTS, "ode_init.safetensors"), help="weights that the student starts from")
+    parser.add_argument("--causal-scores", action="store_true", help="the teacher is a causal one, and so is the fake score")
+    parser.add_argument("--rollout", choices=["data", "self"], default="data", help="what the student denoises: noised data (CausVid), "
+                        "or noise, chunk after chunk behind its own past (Self Forcing)")
     parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
     vae, encoder = load_vae(device=args.device), load_text_encoder(device=args.device)
     data = LatentClips(vae, args.clips)
-    teacher = load_model(os.path.join(WEIGHTS, "teacher.safetensors"), args.device).requires_grad_(False)
+    teacher = load_model(args.teacher, args.device).requires_grad_(False)
     fake = copy.deepcopy(teacher).requires_grad_(True).train()         # the online fake score starts as the teacher
-    student = load_model(os.path.join(WEIGHTS, "ode_init.safetensors"), args.device).train()
+    student = load_model(args.student, args.device).train()
     averaged, schedule = copy.deepcopy(student).eval(), student.schedule
+    attention = dict(chunk=teacher.config.chunk, window=teacher.config.window) if args.causal_scores else {}
     ema = EMA(student, 0.99)
     student_optimizer = adamw(student.parameters(), args.lr, betas=(0.0, 0.99))
     fake_optimizer = adamw(fake.parameters(), 2 * args.lr, betas=(0.0, 0.99))
@@ -81,27 +100,27 @@ def main():
             text = encoder(prompts)
         update, numbers = i % args.fake_updates == 0, {}
         with torch.set_grad_enabled(update), autocast(args):
-            x0_hat = student_x0(student, x0, text, generator)
+            if args.rollout == "self":
+                x0_hat = rollout(student, torch.randn(x0.shape, generator=generator).to(args.device), text, generator)
+            else:
+                x0_hat = student_x0(student, x0, text, generator)
         t = clip_times(*x0.shape[:2], schedule, generator, args.device)
         if update:                                                     # one update of the student for five of the fake score
-            def real(x_t):
-                v = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([text, torch.zeros_like(text)]))
-                v_text, v_null = v.float().chunk(2)
-                return schedule.x0(x_t, v_null + args.guidance * (v_text - v_null), t)
-
+            real = lambda x_t: schedule.x0(x_t, guided_v(teacher, x_t, t, with_null(text), args.guidance, **attention), t)
             eps = torch.randn(x0.shape, generator=generator).to(args.device)
             with autocast(args):
-                loss, distance = dmd_loss(x0_hat, real, lambda x_t: schedule.x0(x_t, fake(x_t, t, text).float(), t), schedule, t, eps)
+                of_fake = lambda x_t: schedule.x0(x_t, fake(x_t, t, text, **attention).float(), t)
+                loss, distance = dmd_loss(x0_hat, real, of_fake, schedule, t, eps)
             numbers = {"grad": optimise(student_optimizer, loss), "distance": distance}
             ema.update(student, i // args.fake_updates)
         with autocast(args):                                           # the fake score learns the student's distribution
-            fake_loss = flow_matching_loss(fake, x0_hat.detach(), t, text, generator)
+            fake_loss = flow_matching_loss(fake, x0_hat.detach(), t, text, generator, **attention)
         optimise(fake_optimizer, fake_loss)
         return numbers | {"fake_loss": fake_loss}
 
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        student_sheet(averaged, vae, encoder, path)
+        return student_sheet(averaged, vae, encoder, path)
 
     state = {"student": student, "fake": fake, "ema": ema, "student_optimizer": student_optimizer, "fake_optimizer": fake_optimizer}
     if train(args, state, step, sheet):

@@ -83,7 +83,7 @@ class ModelConfig:
     num_layers: int = 7
     text_dim: int = 64
     patch_size: tuple = (1, 2, 2)
-    shift: float = 3.0          # timestep shift that the model was trained with and samples with
+    shift: float = 5.0          # timestep shift that the model was trained with and samples with
     chunk: int = 3              # k, latent frames a chunk when used causally
     window: int = 4             # W, chunks that a chunk sees when used causally, itself included
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import sample_clips, save_sheet
+from evaluate import fixed_set, health, make_videos
 from model import load_model, save_model
-from sample import solve_ode, stream
-from teacher import SHEET_PROMPTS
+from sample import solve_ode
 from text import load_text_encoder
 from training import (EMA, WEIGHTS, Muon, UserError, autocast, check_training, optimise, run_main, train, training_parser)
 from vae import load_vae
@@ -60,12 +60,13 @@ def regression_loss(student, states, text, generator):
     return F.mse_loss(student.schedule.x0(x_t, v.float(), t), states[:, -1])
 
 
-def student_sheet(student, vae, encoder, path, chunks=7):
-    """Draw a sheet of what the student streams, from its cache, for the sheet prompts."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        parts = stream(student, vae, encoder(SHEET_PROMPTS), generator, STUDENT_STEPS)
-        save_sheet(torch.cat([next(parts)[1] for _ in range(chunks)], dim=1), path)
+@torch.no_grad()
+def student_sheet(student, vae, encoder, path):
+    """Draw a sheet of what the student streams, from its cache, for the fixed set; -> its `health`."""
+    clips, noise = fixed_set()
+    video = make_videos("student", student, vae, encoder(clips.prompts()), noise)
+    save_sheet(video, path)
+    return health(video, clips)
 
 
 def main():
@@ -104,7 +105,7 @@ def main():
 
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        student_sheet(averaged, vae, encoder, path)
+        return student_sheet(averaged, vae, encoder, path)
 
     if train(args, {"student": student, "ema": ema, "optimizer": optimizer}, step, sheet):
         path = os.path.join(args.out, "ode_init.safetensors")

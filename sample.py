@@ -16,55 +16,76 @@ from text import load_text_encoder
 from training import WEIGHTS, UserError, choose_device, choose_dtype, run_main
 from vae import load_vae
 
-TEACHER_STEPS, GUIDANCE = 32, 3.5
+TEACHER_STEPS, GUIDANCE = 32, 2.0         # the paper's: 50 and 3.5; in this small world 2 makes cleaner shapes
 
 
 # -------------------------------------------------------------------------------------------- few steps, causal, cached
-def make_chunk(model, noise, times, keys, cache, generator):
+def make_chunk(model, noise, times, keys, cache, generator, guidance=None, stop=None):
     """One chunk of Algorithm 2: denoise `noise` [B, k, C, h, w] at the few-step times [N + 1], which end in 0, then write
-    the clean chunk's keys and values into the cache. -> x0, the chunk's latents."""
-    schedule, x = model.schedule, noise
-    chunk, window = cache.chunk, cache.window
-    forward = lambda x, t: model(x, torch.full(x.shape[:2], float(t), device=x.device), keys, chunk=chunk, window=window, cache=cache)
-    for t, r in zip(times[:-1], times[1:]):
-        x0 = schedule.x0(x, forward(x, t), t)
-        eps = torch.randn(x.shape, generator=generator).to(x.device)
-        x = schedule.add_noise(x0, eps, r)                                     # re-noise to the next time; r = 0 leaves x0
-    forward(x, 0.0)
-    cache.commit(x.shape[1])
+    the clean chunk's keys and values into the cache. -> x0, the chunk's latents.
+
+    guidance: solve the ODE with classifier-free guidance instead, in many steps (the causal many-step teacher); keys and cache are
+    then for 2 B, the prompts and as many null prompts. stop: end after so many steps, only the last with gradient (Self Forcing).
+    """
+    schedule, x, last = model.schedule, noise, len(times) - 2 if stop is None else stop - 1
+    attention = dict(chunk=cache.chunk, window=cache.window, cache=cache)
+    at = lambda x, t: torch.full(x.shape[:2], float(t), device=x.device)
+    trained = torch.is_grad_enabled()
+    for step, (t, r) in enumerate(zip(times[:last + 1], times[1:])):
+        with torch.set_grad_enabled(trained and step == last):
+            if guidance is not None:
+                x = schedule.step(x, guided_v(model, x, at(x, t), keys, guidance, **attention), t, r)
+                continue
+            x = schedule.x0(x, model(x, at(x, t), keys, **attention), t)
+            if step < last:
+                x = schedule.add_noise(x, torch.randn(x.shape, generator=generator).to(x.device), r)      # re-noise to the next time
+    with torch.no_grad():
+        clean = x.repeat(cache.k.shape[1] // len(x), 1, 1, 1, 1)
+        model(clean, at(clean, 0), keys, **attention)
+        cache.commit(x.shape[1])
     return x
 
 
 @torch.no_grad()
-def stream(model, vae, text, generator, steps=4, window=None, size=SIZE):
+def stream(model, vae, text, generator, steps=4, window=None, size=SIZE, guidance=None):
     """Endless video in constant memory: yields (latents [B, k, C, h, w], video [B, F, 3, size, size]) chunk by chunk.
 
     text [B, S, text_dim]: embedded prompts; generator: on the CPU, so that a seed gives the same noise on every device.
     The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. window: chunks attended to, the model's own by default.
+    guidance: as for `make_chunk`, for a causal model that was not distilled.
     """
-    c, side, device = model.config, size // 8, text.device
-    cache = model.new_cache(len(text), side, side, window=window)
-    keys, times, state = model.text_keys(text), model.schedule.timesteps(steps), {}
+    c, side, device, prompts = model.config, size // 8, text.device, with_null(text) if guidance is not None else text
+    cache = model.new_cache(len(prompts), side, side, window=window)
+    keys, times, state = model.text_keys(prompts), model.schedule.timesteps(steps), {}
     while True:
         noise = torch.randn(len(text), c.chunk, c.in_dim, side, side, generator=generator).to(device)
-        latents = make_chunk(model, noise, times, keys, cache, generator)
+        latents = make_chunk(model, noise, times, keys, cache, generator, guidance)
         yield latents, vae.decode(latents, state)
 
 
 # ------------------------------------------------------------------------------------------------ many steps, guided
-@torch.no_grad()
-def solve_ode(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE, chunk=None, window=None):
-    """Solve the probability-flow ODE from noise x [B, T, C, h, w] at t = 1 to t = 0 with classifier-free guidance.
+def with_null(text):
+    """Embedded prompts [B, S, text_dim] and as many null prompts, which are all zeros -> [2 B, S, text_dim]."""
+    return torch.cat([text, torch.zeros_like(text)])
 
-    v = v_null + g (v_text - v_null), where the null prompt is all zeros: two passes a step, made as one batch. chunk=None is
-    the bidirectional teacher. -> the states at schedule.timesteps(steps), [steps + 1, B, T, C, h, w], noise first, x0 last.
+
+def guided_v(model, x_t, t, text, guidance, **attention):
+    """Classifier-free guidance, two passes made as one batch. x_t [B, T, C, h, w]; text: `with_null`, or its keys."""
+    v_text, v_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), text, **attention).chunk(2)
+    return v_null + guidance * (v_text - v_null)                               # v = v_null + g (v_text - v_null)
+
+
+@torch.no_grad()
+def solve_ode(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE):
+    """Solve the bidirectional teacher's guided probability-flow ODE from noise x [B, T, C, h, w] at t = 1 to t = 0.
+
+    -> the states at schedule.timesteps(steps), [steps + 1, B, T, C, h, w], noise first, x0 last.
     """
     schedule, times, states = model.schedule, model.schedule.timesteps(steps), [x]
-    keys = model.text_keys(torch.cat([text, torch.zeros_like(text)]))
+    keys = model.text_keys(with_null(text))
     for t, r in zip(times[:-1], times[1:]):
-        v = model(torch.cat([x, x]), torch.full((2 * len(x), x.shape[1]), float(t), device=x.device), keys, chunk=chunk, window=window)
-        v_text, v_null = v.chunk(2)
-        x = schedule.step(x, v_null + guidance * (v_text - v_null), t, r)
+        v = guided_v(model, x, torch.full(x.shape[:2], float(t), device=x.device), keys, guidance)
+        x = schedule.step(x, v, t, r)
         states.append(x)
     return torch.stack(states)
 

@@ -1,6 +1,7 @@
 """Stage 0: the many-step bidirectional teacher, by flow matching, and the text encoder with it.
 
-    python teacher.py       trains both on latents of the shapes world
+    python teacher.py               trains both on latents of the shapes world
+    python teacher.py --causal      makes a causal many-step teacher of the shipped one, to compare with
 """
 import hashlib
 import os
@@ -12,9 +13,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import Clips, sample_clips, save_sheet
-from model import DiT, ModelConfig, save_model
-from sample import solve_ode
-from text import TextEncoder
+from evaluate import fixed_set, health, make_videos
+from model import DiT, ModelConfig, load_model, save_model
+from text import TextEncoder, load_text_encoder
 from training import (EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, save_weights, train, training_parser)
 from vae import load_vae
 
@@ -55,6 +56,13 @@ def draw_times(count, schedule, generator):
     return schedule.shifted(torch.sigmoid(torch.randn(count, generator=generator)))
 
 
+def draw_chunk_times(count, frames, chunk, schedule, generator):
+    """Diffusion Forcing: a time of its own for each chunk [count, frames]. One chunk in four is clean, at t = 0, as context is."""
+    chunks = -(-frames // chunk)
+    noisy = torch.rand(count, chunks, generator=generator) > 0.25
+    return (draw_times(count * chunks, schedule, generator).view(count, chunks) * noisy).repeat_interleave(chunk, dim=1)[:, :frames]
+
+
 def flow_matching_loss(model, x0, t, text, generator, **attention):
     """E || v(x_t, t, text) - (eps - x0) ||^2 for x0 [B, T, C, h, w] and t [B, T] (flow matching, the denoising loss)."""
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
@@ -62,20 +70,20 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
     return F.mse_loss(v.float(), model.schedule.v(x0, eps, t))
 
 
-SHEET_PROMPTS = ["a red circle bouncing on a black background", "a blue star spinning on a gray background",
-                 "a yellow square sliding left and right on a navy background", "a green triangle pulsing on a brown background",
-                 "a white circle circling clockwise on a navy background", "a purple star rising and falling on a black background"]
-
-
 def main():
     parser = training_parser("Train the bidirectional teacher and the text encoder.", 1600, 16, 2e-3, "runs/teacher")
     parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
+    parser.add_argument("--causal", action="store_true", help="block-causal attention and a time for each chunk, from the shipped teacher on")
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
-    vae = load_vae(os.path.join(WEIGHTS, "vae.safetensors"), args.device)
+    vae = load_vae(device=args.device)
     data = LatentClips(vae, args.clips)
-    model, encoder = (DiT(ModelConfig()).to(args.device), TextEncoder().to(args.device))
+    model, encoder = DiT(ModelConfig()).to(args.device), TextEncoder().to(args.device)
+    if args.causal:
+        model = load_model(os.path.join(WEIGHTS, "teacher.safetensors"), args.device).train()
+        encoder = load_text_encoder(device=args.device).requires_grad_(False)
+    attention = dict(chunk=model.config.chunk, window=model.config.window) if args.causal else {}
     both = nn.ModuleList([model, encoder])
     averaged = nn.ModuleList([DiT(model.config), TextEncoder()]).to(args.device)
     ema, optimizer = EMA(both), Muon(model.blocks.parameters(), both.parameters(), args.lr)
@@ -85,29 +93,36 @@ def main():
 
     def step(i, generator):
         # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them
-        images = i < 0.16 * args.steps
+        images = i < 0.16 * args.steps and not args.causal
         count, frames = (16 * args.batch_size, 1) if images else (args.batch_size, data.latents.shape[1])
         x0, prompts = data.batch(count, frames, generator, args.device)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
-        t = draw_times(count, model.schedule, generator)[:, None].expand(-1, frames).to(args.device)
+        if args.causal:
+            t = draw_chunk_times(count, frames, model.config.chunk, model.schedule, generator)
+        else:
+            t = draw_times(count, model.schedule, generator)[:, None].expand(-1, frames)
         with autocast(args):
-            loss = flow_matching_loss(model, x0, t, encoder(prompts) * keep[:, None, None], generator)
+            loss = flow_matching_loss(model, x0, t.to(args.device), encoder(prompts) * keep[:, None, None], generator, **attention)
         norm = optimise(optimizer, loss)
         ema.update(both, i)
         return {"loss": loss, "grad": norm}
 
+    @torch.no_grad()
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        noise = torch.randn(len(SHEET_PROMPTS), 21, 8, 8, 8, generator=torch.Generator().manual_seed(1)).to(args.device)
-        with torch.no_grad():
-            save_sheet(vae.decode(solve_ode(averaged[0], noise, averaged[1](SHEET_PROMPTS), 16)[-1]), path)
+        clips, noise = fixed_set()
+        video = make_videos("causal" if args.causal else "teacher", averaged[0], vae, averaged[1](clips.prompts()), noise, steps=8)
+        save_sheet(video, path)
+        return health(video, clips)
 
     if train(args, {"model": both, "ema": ema, "optimizer": optimizer}, step, sheet):
         averaged.load_state_dict(ema.shadow)
-        origin = dict(stage="teacher", steps=args.steps, seconds=round(args.seconds))
-        save_model(os.path.join(args.out, "teacher.safetensors"), averaged[0].state_dict(), model.config, **origin)
-        save_weights(os.path.join(args.out, "text_encoder.safetensors"), averaged[1].state_dict(), asdict(encoder.config), **origin)
-        print(f"wrote {args.out}/teacher.safetensors and text_encoder.safetensors")
+        name = "causal_teacher" if args.causal else "teacher"
+        origin = dict(stage=name.replace("_", " "), steps=args.steps, seconds=round(args.seconds))
+        save_model(os.path.join(args.out, name + ".safetensors"), averaged[0].state_dict(), model.config, **origin)
+        if not args.causal:
+            save_weights(os.path.join(args.out, "text_encoder.safetensors"), averaged[1].state_dict(), asdict(encoder.config), **origin)
+        print(f"wrote {args.out}/{name}.safetensors" + ("" if args.causal else " and text_encoder.safetensors"))
 
 
 if __name__ == "__main__":

@@ -234,8 +234,8 @@ def train(args, state, step, sheet, warmup=50):
     """Run `step(i, generator) -> dict of numbers to log` for i = 0 .. args.steps - 1, resuming where a run was stopped.
 
     state: name -> network, optimiser or EMA: everything that a checkpoint must hold. The learning rate of every optimiser rises
-    over `warmup` steps and falls to 0 along a cosine. `sheet(path)` draws samples, at every checkpoint. Returns False if the run
-    was stopped (--minutes, Ctrl-C) before its last step, True when it is done. Raises UserError for a damaged checkpoint.
+    over `warmup` steps and falls to 0 along a cosine. `sheet(path) -> dict of numbers to log` draws and measures samples, at every checkpoint.
+    Returns False if the run was stopped (--minutes, Ctrl-C) before its last step, True when it is done. Raises UserError for a damaged checkpoint.
     """
     generator = torch.Generator().manual_seed(args.seed)      # on the CPU: the same numbers on every device
     path, first, spent = os.path.join(args.out, "checkpoint.pt"), 0, 0.0
@@ -254,6 +254,7 @@ def train(args, state, step, sheet, warmup=50):
     stop = []                                     # Ctrl-C and kill let the step in progress end, then save
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     started, bar = time.time(), tqdm(total=args.steps, initial=first, desc=os.path.basename(args.out), mininterval=2)
+    shown = {}                                    # the latest of each number
 
     def save(i):
         torch.save({"state": {k: v.state_dict() for k, v in state.items()}, "generator": generator.get_state(),
@@ -261,6 +262,13 @@ def train(args, state, step, sheet, warmup=50):
         os.replace(path + ".tmp", path)
 
     with open(os.path.join(args.out, "log.jsonl"), "a", buffering=1) as log:
+        def note(i, numbers):
+            numbers = {k: round(torch.as_tensor(v).item(), 6) for k, v in numbers.items()}
+            if numbers:
+                log.write(json.dumps({"step": i, "seconds": round(spent + time.time() - started, 1), **numbers}) + "\n")
+            shown.update({k: f"{v:.4g}" for k, v in numbers.items()})
+            bar.set_postfix(shown, refresh=False)
+
         for i in range(first, args.steps):
             scale = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / args.steps))
             for optimizer, rates in zip(optimizers, base):
@@ -268,14 +276,12 @@ def train(args, state, step, sheet, warmup=50):
                     group["lr"] = rate * scale
             numbers = step(i, generator)
             if i % 10 == 0 or i + 1 == args.steps:
-                numbers = {k: round(torch.as_tensor(v).item(), 6) for k, v in numbers.items()}
-                log.write(json.dumps({"step": i, "seconds": round(spent + time.time() - started, 1), **numbers}) + "\n")
-                bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+                note(i, numbers)
             bar.update()
             done, late = i + 1 == args.steps, time.time() - started > 60 * args.minutes
             if done or late or stop or (i + 1) % args.save_every == 0:
                 save(i + 1)
-                sheet(os.path.join(args.out, "sheet.png"))
+                note(i, sheet(os.path.join(args.out, "sheet.png")) or {})
             if late or stop:
                 break
     bar.close()

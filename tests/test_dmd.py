@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 
-from dmd import clip_times, dmd_loss, student_x0
+from dmd import clip_times, dmd_loss, rollout, student_x0
 from model import DiT, ModelConfig, Schedule
+from sample import stream
 from teacher import flow_matching_loss
 from training import adamw, optimise
 
@@ -94,3 +95,30 @@ def test_one_time_per_clip_and_clean_chunks_stay_as_they_are():
     x0_hat = student_x0(student, x0, torch.randn(40, 16, 64), torch.Generator().manual_seed(0))
     kept = (x0_hat == x0).flatten(2).all(2)
     assert 0.1 < kept.float().mean() < 0.3 and torch.equal(kept[:, 0], kept[:, 2])          # one chunk in five is clean context
+
+
+def test_a_rollout_is_what_the_student_samples_where_no_chunk_stops_early(monkeypatch):
+    _, _, student = networks()
+    text, frames = torch.randn(2, 16, 64), 15
+    noise = torch.randn(2, frames, 8, 8, 8)
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, generator: torch.full(size, high - 1))
+    rolled = rollout(student, noise, text, torch.Generator().manual_seed(0))
+
+    chunks, draws = iter(noise.split(3, dim=1)), iter(range(10 ** 6))
+    randn, g = torch.randn, torch.Generator().manual_seed(0)      # the stream's first draw of each chunk is the rollout's noise
+    monkeypatch.setattr(torch, "randn", lambda *size, generator: next(chunks) if next(draws) % 4 == 0 else randn(*size, generator=g))
+    decoder = type("", (), {"decode": lambda self, latents, state: None})()
+    source = stream(student, decoder, text, None)
+    assert torch.equal(rolled, torch.cat([next(source)[0] for _ in range(frames // 3)], dim=1))
+
+
+def test_a_rollout_takes_the_gradient_through_one_step_of_each_chunk_and_not_through_its_past():
+    _, _, student = networks()
+    text, noise = torch.randn(1, 16, 64), torch.randn(1, 9, 8, 8, 8, requires_grad=True)
+    calls = []
+    student.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    x0_hat = rollout(student, noise, text, torch.Generator().manual_seed(0))
+    assert sum(calls) == 3 and len(calls) > 6
+    x0_hat[:, 6:].square().sum().backward()
+    assert not noise.grad[:, :6].any()
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())

@@ -122,7 +122,9 @@ def test_a_stream_is_algorithm_2_chunk_by_chunk():
             t_all = torch.cat([torch.zeros(1, past.shape[1]), torch.full((1, 3), float(t))], dim=1)
             with torch.no_grad():
                 v = model(torch.cat([past, x], dim=1), t_all, text, chunk=3, window=3)[:, -3:]
-            x = model.schedule.add_noise(model.schedule.x0(x, v, t), torch.randn(x.shape, generator=g), r)
+            x = model.schedule.x0(x, v, t)
+            if r > 0:
+                x = model.schedule.add_noise(x, torch.randn(x.shape, generator=g), r)
         past = torch.cat([past, x], dim=1)
     assert (streamed - past).abs().max() < 1e-4
 
@@ -146,6 +148,6 @@ def test_solver_guides_from_the_null_prompt():
     assert torch.equal(states[0], noise) and len(states) == 5
     with torch.no_grad():
         v = model(noise, torch.ones(1, 3), text)
-    assert torch.allclose(states[1], model.schedule.step(noise, v, 1.0, 0.9), atol=1e-5)     # guidance 1 is the prompt's v
+    assert torch.allclose(states[1], model.schedule.step(noise, v, 1.0, model.schedule.timesteps(4)[1]), atol=1e-5)     # guidance 1 is the prompt's v
     null = solve_ode(model, noise, torch.zeros_like(text), steps=4, guidance=5.0)
     assert torch.allclose(null, solve_ode(model, noise, torch.zeros_like(text), steps=4, guidance=1.0), atol=1e-5)

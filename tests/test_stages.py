@@ -8,23 +8,25 @@ import pytest
 from training import WEIGHTS
 
 ROOT = os.path.dirname(WEIGHTS)
-SCRIPTS = {"vae.py": [["vae.safetensors"], "--batch-size", "1"],
-           "teacher.py": [["teacher.safetensors", "text_encoder.safetensors"], "--clips", "16", "--batch-size", "1"],
-           "ode_init.py": [["ode_init.safetensors"], "--trajectories", "16", "--solver-steps", "4", "--batch-size", "1"],
-           "dmd.py": [["student.safetensors"], "--clips", "16", "--batch-size", "1"]}
+SMALL = ("--steps", "3", "--out", "out", "--batch-size", "1")
+STAGES = [("vae.py", ["vae.safetensors"]), ("vae.py --decoder-only", ["vae.safetensors"]),
+          ("teacher.py --clips 16", ["teacher.safetensors", "text_encoder.safetensors"]),
+          ("teacher.py --clips 16 --causal", ["causal_teacher.safetensors"]),
+          ("ode_init.py --trajectories 16 --solver-steps 4", ["ode_init.safetensors"]),
+          ("dmd.py --clips 16", ["student.safetensors"]),
+          ("dmd.py --clips 16 --rollout self --causal-scores", ["student.safetensors"])]
 
 
 def run(script, *arguments, cwd):
     return subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], capture_output=True, text=True, cwd=cwd)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_script_trains_and_writes_weights_log_and_sheet(script, tmp_path):
-    files, *flags = SCRIPTS[script]
-    done = run(script, "--steps", "3", "--out", "out", *flags, cwd=tmp_path)
+@pytest.mark.parametrize("command, files", STAGES)
+def test_script_trains_and_writes_weights_log_and_sheet(command, files, tmp_path):
+    done = run(*command.split(), *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert set(os.listdir(tmp_path / "out")) == {"checkpoint.pt", "log.jsonl", "sheet.png", *files}
-    again = run(script, "--steps", "3", "--out", "out", *flags, cwd=tmp_path)
+    again = run(*command.split(), *SMALL, cwd=tmp_path)
     assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]           # nothing is overwritten
 
 

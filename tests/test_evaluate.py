@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data import sample_clips
+from evaluate import diversity, fixed_set, health, measure, recover, table
+
+
+@pytest.fixture(scope="module")
+def real():
+    clips = sample_clips(24, torch.Generator().manual_seed(0), "all")
+    return clips, clips.render()
+
+
+@pytest.fixture(scope="module")
+def scores(real):
+    """name of a corruption -> its measures, means over the clips."""
+    clips, video = real
+    g = torch.Generator().manual_seed(1)
+    kernel = torch.exp(-torch.linspace(-2, 2, 9) ** 2 / 2)
+    kernel = (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None]
+    blurred = F.conv2d(F.pad(video.flatten(0, 2)[:, None], (4,) * 4, mode="replicate"), kernel).view_as(video)
+    made = {"real": video, "blurred": blurred, "frozen": video[:, :1].expand_as(video),
+            "shuffled in time": video[:, torch.randperm(81, generator=g)],
+            "noisy": video + 0.1 * torch.randn(video.shape, generator=g)}
+    return {name: {k: v.mean().item() for k, v in measure(v, clips).items()} for name, v in made.items()}
+
+
+def test_recovery_finds_what_was_drawn(real):
+    clips, video = real
+    found, (x, y, radius, _) = recover(video), clips.track(torch.arange(81) / 16)
+    for name in ("colour", "shape", "background"):
+        assert (getattr(found, name) == getattr(clips, name)[:, None]).all()
+    assert (found.x - x).abs().max() < 0.1 and (found.y - y).abs().max() < 0.1 and (found.radius - radius).abs().max() < 0.2
+    assert (found.video - video).abs().mean() < 0.003
+
+
+def test_real_clips_score_99_or_more(scores):
+    assert all(scores["real"][k] >= 99 for k in ("text alignment", "frame quality", "identity")), scores["real"]
+    assert scores["real"]["temporal quality"] >= 98.5
+
+
+def test_shuffled_prompts_score_what_chance_gives(real):
+    clips, video = real
+    found = measure(video[:, :9], clips)                                  # the attributes but motion are seen in any frame
+    order = torch.stack([torch.arange(24).roll(k) for k in range(1, 24)])
+    chance = {name: 100 * (getattr(clips, name)[order] == getattr(clips, name)).float().mean().item() for name in ("colour", "shape", "background")}
+    shuffled = [measure(video[:, :9], clips[torch.arange(24).roll(k)]) for k in (1, 5, 7, 11, 13)]
+    for name, value in chance.items():
+        assert found[name].mean() == 100 and abs(torch.cat([s[name] for s in shuffled]).mean() - value) < 12
+    assert torch.cat([s["text alignment"] for s in shuffled]).mean() < 5
+
+
+@pytest.mark.parametrize("corruption, group, loss", [
+    ("blurred", "frame quality", 10), ("noisy", "frame quality", 25), ("frozen", "motion", 50), ("frozen", "temporal quality", 10),
+    ("shuffled in time", "motion", 50), ("shuffled in time", "temporal quality", 15), ("noisy", "temporal quality", 15)])
+def test_the_group_that_should_notice_a_corruption_does(scores, corruption, group, loss):
+    assert scores[corruption][group] < scores["real"][group] - loss, scores[corruption]
+
+
+def test_what_a_corruption_leaves_alone_keeps_its_score(scores):
+    assert scores["frozen"]["frame quality"] > 98 and scores["shuffled in time"]["colour"] == 100 and scores["blurred"]["motion"] == 100
+
+
+def test_a_clip_that_shows_nothing_scores_nothing(real):
+    clips, video = real
+    empty = measure(video[:2, :, :, :1, :1].expand(-1, -1, -1, 64, 64), clips[:2])
+    assert not any(empty[k].any() for k in ("text alignment", "colour", "shape", "motion", "frame quality", "identity"))
+
+
+def test_diversity_of_the_data_is_full_and_of_one_clip_none():
+    clips = sample_clips(3000, torch.Generator().manual_seed(5))
+    same = [clips[(clips.shape == 1) & (clips.motion == motion)][:16] for motion in (1, 3)]
+    video, asked = torch.stack([c.render(0, 17) for c in same]), clips[torch.tensor([torch.nonzero(clips.motion == m)[0] for m in (1, 3)])]
+    asked.shape[:] = 1
+    assert diversity(video, asked) > 85
+    assert diversity(video[:, :1].expand(-1, 16, -1, -1, -1, -1), asked) < 1
+
+
+def test_the_fixed_set_is_fixed_and_healthy_when_real():
+    clips, generator = fixed_set()
+    again, _ = fixed_set()
+    assert clips.prompts() == again.prompts() and clips.prompts()[0] == clips.prompts()[1] != clips.prompts()[2]
+    assert generator.initial_seed() == fixed_set()[1].initial_seed()
+    found = health(clips.render(), clips)
+    assert found["text alignment"] == 100 and found["diversity"] == 0                  # each prompt's two clips are one and the same
+
+
+def test_table_has_a_row_for_each_model():
+    text = table({"teacher": {"text alignment": 95.04}, "student": {"text alignment": 93.0, "diversity": 80.0}})
+    assert text.splitlines()[2].startswith("| teacher | 95.0 |") and len(text.splitlines()) == 4

@@ -1,0 +1,28 @@
+import torch
+
+from model import Schedule
+from teacher import draw_chunk_times, draw_times, flow_matching_loss
+
+
+def test_times_are_shifted_towards_noise():
+    t = draw_times(20_000, Schedule(shift=5.0), torch.Generator().manual_seed(0))
+    assert 0 < t.min() and t.max() < 1 and abs(t.median() - 5 / 6) < 0.01                # u = 1/2 becomes s / (s + 1)
+
+
+def test_each_chunk_has_a_time_of_its_own_and_one_in_four_is_clean():
+    t = draw_chunk_times(2000, 8, 3, Schedule(), torch.Generator().manual_seed(0))
+    assert t.shape == (2000, 8) and (t[:, 0] == t[:, 2]).all() and (t[:, 6] == t[:, 7]).all()
+    assert (t[:, 0] != t[:, 3]).float().mean() > 0.9 and abs((t[:, ::3] == 0).float().mean() - 0.25) < 0.03
+
+
+def test_flow_matching_loss_is_zero_for_the_true_velocity():
+    x0, t = torch.randn(2, 3, 4, 2, 2), torch.rand(2, 3)
+    seen = {}
+
+    def model(x_t, t, text):
+        eps = (x_t - (1 - t)[..., None, None, None] * x0) / t[..., None, None, None]
+        seen["text"] = text
+        return eps - x0
+
+    model.schedule = Schedule()
+    assert flow_matching_loss(model, x0, t, "prompt", torch.Generator().manual_seed(0)) < 1e-6 and seen["text"] == "prompt"
