@@ -243,9 +243,11 @@ def make_videos(kind, model, vae, text, generator, frames=FRAMES, steps=TEACHER_
 
 
 @torch.no_grad()
-def evaluate(kind, model, vae, encoder, count=200, split="held-out", seed=0, batch=10, groups=4, name="model"):
-    """Measures of `count` clips sampled with prompts of a split, and diversity over `groups` prompts of 16 clips: name -> 0 .. 100."""
-    generator, values = torch.Generator().manual_seed(seed), []
+def evaluate(kind, model, vae, encoder, count=200, split="held-out", seed=0, batch=10, name="model"):
+    """Measures of `count` clips sampled with prompts of a split: name -> 0 .. 100.
+
+    Diversity is measured on 16 clips for each of the first 4 prompts beside them, fewer prompts if `count` is below 64."""
+    generator, values, groups = torch.Generator().manual_seed(seed), [], min(4, count // 16)
     clips = sample_clips(count, generator, split)
     bar = tqdm(total=count + 16 * groups, unit="clip", desc=name)
     for start in range(0, count, batch):
@@ -285,7 +287,9 @@ def table(rows):
     return "\n".join(lines + [f"| {name} | " + " | ".join(f"{row[c]:.1f}" if c in row else "" for c in COLUMNS) + " |" for name, row in rows.items()])
 
 
-# Table 4 of the paper, and self-rollout: name, how it samples, its weights, and the command that trains them if they are not there
+# Table 4 of the paper, and self-rollout: name, how it samples, its weights, and the command that trains them if they are not there;
+# paths are of the project's folder
+ROOT = os.path.dirname(WEIGHTS)
 CAUSAL = "runs/causal_teacher/causal_teacher.safetensors"
 ABLATION = [
     ("many steps, bidirectional", "teacher", "weights/teacher.safetensors", None),
@@ -298,10 +302,10 @@ ABLATION = [
 
 
 def train_missing(path, command, options):
-    """Run a training script that writes the weights `path`, or go on with it. Raises UserError if it does not get to its end."""
+    """Run the training script that writes the weights `path`, or go on with it. Raises UserError if it does not get to its end."""
     out = os.path.dirname(path)
     resume = ["--resume"] if os.path.exists(os.path.join(out, "checkpoint.pt")) else []
-    subprocess.run([sys.executable, *command.split(), "--out", out, *options, *resume])
+    subprocess.run([sys.executable, *command.split(), "--out", out, *options, *resume], cwd=ROOT)
     if not os.path.exists(path):
         raise UserError(f"training stopped before {path} was written; the same command goes on with it")
 
@@ -325,34 +329,34 @@ def draw_over_time(rows, path):
 def main():
     parser = argparse.ArgumentParser(description="Measure what models make of held-out prompts.")
     add = parser.add_argument
-    add("--teacher", nargs="*", default=["weights/teacher.safetensors"], help="weights to sample in many steps, bidirectionally")
-    add("--student", nargs="*", default=["weights/student.safetensors"], help="weights to stream in 4 steps")
+    add("--teacher", nargs="*", default=[os.path.join(WEIGHTS, "teacher.safetensors")], help="weights to sample in many steps, bidirectionally")
+    add("--student", nargs="*", default=[os.path.join(WEIGHTS, "student.safetensors")], help="weights to stream in 4 steps")
     add("--causal", nargs="*", default=[], help="weights to stream in many guided steps")
     add("--ablation", action="store_true", help="the paper's Table 4 instead, after training what is missing")
     add("--train-options", default="", help='options for the trainings of --ablation, such as "--steps 600 --batch-size 8"')
-    add("--over-time", action="store_true", help="measure over a 60-second stream (the paper's Figure 8); with matplotlib also a picture")
+    add("--over-time", action="store_true", help="measure over a long stream (the paper's Figure 8); with matplotlib also a picture")
+    add("--seconds", type=int, default=60, help="length of the stream of --over-time, 15 or more")
     add("--clips", type=int, default=200)
     add("--split", default="held-out", choices=["held-out", "train"])
     add("--seed", type=int, default=0)
     add("--device", default="auto")
     add("--out", default="runs/evaluate", help="FILE: writes FILE.json and FILE.md, and with --over-time FILE.png")
     args = parser.parse_args()
-    if args.clips < 1:
-        raise UserError("--clips must be at least 1")
+    if args.clips < 1 or args.seconds < 15:
+        raise UserError("--clips must be at least 1 and --seconds at least 15")
     device = choose_device(args.device)
-    here = lambda path: path if os.path.exists(path) else os.path.join(os.path.dirname(WEIGHTS), path)
-    jobs = [(f"{kind} {path}", kind, path) for kind in ("teacher", "causal", "student") for path in getattr(args, kind)]
+    jobs = [(f"{kind} {os.path.relpath(path)}", kind, path) for kind in ("teacher", "causal", "student") for path in getattr(args, kind)]
     if args.ablation:
-        for _, _, path, command in ABLATION:
+        jobs = [(name, kind, os.path.join(ROOT, path)) for name, kind, path, _ in ABLATION]
+        for (_, _, path), (*_, command) in zip(jobs, ABLATION):
             if command and not os.path.exists(path):
                 train_missing(path, command, args.train_options.split())
-        jobs = [row[:3] for row in ABLATION]
     vae, encoder = load_vae(device=device), load_text_encoder(device=device)
-    models, rows = [load_model(here(path), device) for _, _, path in jobs], {}
+    models, rows = [load_model(path, device) for _, _, path in jobs], {}
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     for (name, kind, _), model in zip(jobs, models):
         if args.over_time and kind != "teacher":
-            rows[name] = over_time(kind, model, vae, encoder, count=min(args.clips, 20), seed=args.seed, name=name)
+            rows[name] = over_time(kind, model, vae, encoder, args.seconds, count=min(args.clips, 20), seed=args.seed, name=name)
         elif not args.over_time:
             rows[name] = evaluate(kind, model, vae, encoder, args.clips, args.split, args.seed, name=name)
     text = table({f"{name}, {part} 10 s": {k: sum(v[span]) / len(v[span]) for k, v in row.items()} for name, row in rows.items()

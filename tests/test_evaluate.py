@@ -1,7 +1,11 @@
+import json
+import os
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+import evaluate
 from data import sample_clips
 from evaluate import diversity, fixed_set, health, measure, recover, table
 
@@ -89,3 +93,29 @@ def test_the_fixed_set_is_fixed_and_healthy_when_real():
 def test_table_has_a_row_for_each_model():
     text = table({"teacher": {"text alignment": 95.04}, "student": {"text alignment": 93.0, "diversity": 80.0}})
     assert text.splitlines()[2].startswith("| teacher | 95.0 |") and len(text.splitlines()) == 4
+
+
+def test_ablation_trains_what_is_missing_once_and_measures_every_row(command_line, tmp_path, monkeypatch):
+    path = tmp_path / "distilled" / "student.safetensors"
+    monkeypatch.setattr(evaluate, "ABLATION", [("distilled", "student", str(path), "dmd.py --clips 16")])
+    written = []
+    for _ in range(2):
+        status, out, err = command_line(evaluate, "--ablation", "--train-options", "--steps 1 --batch-size 1", "--clips", 1, "--out", "table")
+        assert status == 0 and "| distilled | " in out, err
+        written.append(os.path.getmtime(path))
+    assert written[0] == written[1]
+    assert json.load(open("table.json"))["rows"]["distilled"]["colour"] in (0, 100) and open("table.md").read() in out
+
+
+def test_ablation_says_which_training_did_not_end(command_line, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "ABLATION", [("distilled", "student", str(tmp_path / "a" / "student.safetensors"), "dmd.py --steps 0")])
+    status, _, err = command_line(evaluate, "--ablation")
+    assert status == 2 and "a/student.safetensors" in err.splitlines()[-1]
+
+
+def test_over_time_measures_first_and_last_ten_seconds(command_line, tmp_path):
+    student = os.path.join(evaluate.WEIGHTS, "student.safetensors")
+    status, out, err = command_line(evaluate, "--over-time", "--teacher", "--student", student, "--clips", 1, "--seconds", 16, "--out", "time")
+    assert status == 0 and "first 10 s" in out and "last 10 s" in out, err
+    (row,) = json.load(open("time.json"))["rows"].values()
+    assert len(row["frame quality"]) == 12                                # windows of 5 seconds, one a second, in 16
