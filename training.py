@@ -50,7 +50,7 @@ def choose_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UserError(f"device {name!r} is not available here; try --device auto") from None
     return device
 
@@ -180,9 +180,9 @@ def adamw(parameters, lr, **options):
 class Muon(torch.optim.AdamW):
     """AdamW, but for the matrices among `hidden`, the hidden layers' parameters, momentum made orthogonal (Muon, K. Jordan et al., 2024).
 
-    parameters: all that are trained, the hidden ones included. A gradient is dominated by a few singular directions. Muon sets all singular values of the momentum to about 1, so that a step
-    learns in every direction. An orthogonal [m, n] matrix has entries of root mean square 1 / sqrt(max(m, n)); scaled to 0.2, as
-    large as AdamW's steps are, one learning rate serves both (Moonlight, 2025).
+    parameters: all that are trained, the hidden ones included. A gradient is dominated by a few singular directions; Muon sets all
+    singular values of the momentum to about 1, so that a step learns in every direction. An orthogonal [m, n] matrix has entries of
+    root mean square 1 / sqrt(max(m, n)); scaled to 0.2, as large as AdamW's steps are, one learning rate serves both (Moonlight, 2025).
     """
 
     def __init__(self, hidden, parameters, lr, momentum=0.95):

@@ -223,7 +223,7 @@ def main():
     if train(args, {"vae": vae, "ema": ema, "optimizer": optimizer}, step, sheet):
         averaged.load_state_dict(ema.shadow)
         if not args.decoder_only:
-            averaged.normalise(sample_clips(64, torch.Generator().manual_seed(2)).to(args.device).render())
+            averaged.normalise(sample_clips(64, torch.Generator().manual_seed(2)).to(args.device).render(0, 33))
         quality = held_out_psnr(averaged)
         path = os.path.join(args.out, "vae.safetensors")
         save_weights(path, averaged.state_dict(), asdict(averaged.config), steps=args.steps, seconds=round(args.seconds),
