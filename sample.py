@@ -1,16 +1,22 @@
 """The sampler: video chunk by chunk from a KV cache (CausVid, Algorithm 2), and the many-step ODE solver to compare it with.
 
     python sample.py --prompt "a red circle bouncing on a black background"          writes sample.mp4
+
+The same stream goes on for as long as one likes, starts from an image, follows another video, and takes new prompts on the way.
 """
 import argparse
 import contextlib
+import itertools
+import math
 import os
+import signal
 import time
 
 import torch
 from tqdm import tqdm
 
-from data import FPS, FRAMES, SIZE, save_sheet, to_uint8
+from data import FPS, FRAMES, SIZE
+from files import FrameWriter, read_image, read_prompts, read_video
 from model import load_model
 from text import load_text_encoder
 from training import WEIGHTS, UserError, choose_device, choose_dtype, run_main
@@ -20,9 +26,19 @@ TEACHER_STEPS, GUIDANCE = 32, 2.0         # the paper's: 50 and 3.5; in this sma
 
 
 # -------------------------------------------------------------------------------------------- few steps, causal, cached
+def normal(shape, generator):
+    """Noise [B, ...] from a generator on the CPU: a seed gives the same on every device. A list of B of them: one for each video,
+    which is then what it would be alone."""
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
+    return torch.randn(shape, generator=generator)
+
+
 def make_chunk(model, noise, times, keys, cache, generator, guidance=None, stop=None):
     """One chunk of Algorithm 2: denoise `noise` [B, k, C, h, w] at the few-step times [N + 1], which end in 0, then write
     the clean chunk's keys and values into the cache. -> x0, the chunk's latents.
+
+    With the single time 0 the chunk is clean already, and the cache alone is written.
 
     guidance: solve the ODE with classifier-free guidance instead, in many steps (the causal many-step teacher); keys and cache are
     then for 2 B, the prompts and as many null prompts. stop: end after so many steps, only the last with gradient (Self Forcing).
@@ -38,7 +54,7 @@ def make_chunk(model, noise, times, keys, cache, generator, guidance=None, stop=
                 continue
             x = schedule.x0(x, model(x, at(x, t), keys, **attention), t)
             if step < last:
-                x = schedule.add_noise(x, torch.randn(x.shape, generator=generator).to(x.device), r)      # re-noise to the next time
+                x = schedule.add_noise(x, normal(x.shape, generator).to(x.device), r)      # re-noise to the next time
     with torch.no_grad():
         clean = x.repeat(cache.k.shape[1] // len(x), 1, 1, 1, 1)
         model(clean, at(clean, 0), keys, **attention)
@@ -47,20 +63,52 @@ def make_chunk(model, noise, times, keys, cache, generator, guidance=None, stop=
 
 
 @torch.no_grad()
-def stream(model, vae, text, generator, steps=4, window=None, size=SIZE, guidance=None):
-    """Endless video in constant memory: yields (latents [B, k, C, h, w], video [B, F, 3, size, size]) chunk by chunk.
+def stream(model, vae, text, generator, steps=4, window=None, size=SIZE, guidance=None, image=None, video=None, strength=1.0):
+    """Video in constant memory, without end: yields (latents [B, k, C, h, w], video [B, F, 3, size, size]) chunk by chunk.
 
-    text [B, S, text_dim]: embedded prompts; generator: on the CPU, so that a seed gives the same noise on every device.
-    The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. window: chunks attended to, the model's own by default.
-    guidance: as for `make_chunk`, for a causal model that was not distilled.
+    text: embedded prompts [B, S, text_dim], or a function from the number of frames made so far to them, asked before each
+    chunk: a new prompt steers the video that is running. generator: see `normal`. window: chunks attended to, the model's own by
+    default. guidance: as for `make_chunk`, for a causal model that was not distilled.
+
+    The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. image [B, 3, size, size]: the first chunk is the image alone,
+    clean. video: an iterator of `pieces`, one for each chunk; each is encoded, noised to the time that `strength` in [0, 1] stands for,
+    and denoised from there, and the stream ends with it. Strength 0 gives the autoencoder's reconstruction, 1 the stream without video.
     """
-    c, side, device, prompts = model.config, size // 8, text.device, with_null(text) if guidance is not None else text
-    cache = model.new_cache(len(prompts), side, side, window=window)
-    keys, times, state = model.text_keys(prompts), model.schedule.timesteps(steps), {}
+    c, side, schedule = model.config, size // 8, model.schedule
+    prompt = text if callable(text) else lambda frames: text
+    times, frames, shown, encoder_state, decoder_state = schedule.timesteps(steps), 0, None, {}, {}
+    start = schedule.shifted(torch.tensor(strength, dtype=torch.float64))
+    times = torch.cat([start[None], times[times < start]])             # the student's times, from where the video is left
     while True:
-        noise = torch.randn(len(text), c.chunk, c.in_dim, side, side, generator=generator).to(device)
-        latents = make_chunk(model, noise, times, keys, cache, generator, guidance)
-        yield latents, vae.decode(latents, state)
+        now = prompt(frames)
+        if now is not shown:                                           # text keys and values: once for each prompt
+            keys, shown = model.text_keys(with_null(now) if guidance is not None else now), now
+        if frames == 0:
+            cache = model.new_cache(len(keys[0][0]), side, side, window=window)
+        if image is not None and frames == 0:
+            latents = make_chunk(model, vae.encode(image[:, None].to(now.device)), times[-1:], keys, cache, generator)
+        else:
+            x = normal((len(now), c.chunk, c.in_dim, side, side), generator).to(now.device)
+            if video is not None:
+                piece = next(video, None)
+                if piece is None:
+                    return
+                missing = -(piece.shape[1] - (frames == 0)) % vae.config.time_stride       # the last piece may end within a latent frame
+                x0 = vae.encode(torch.cat([piece] + missing * [piece[:, -1:]], dim=1).to(now.device), encoder_state)
+                x = schedule.add_noise(x0, x[:, :x0.shape[1]], start)
+            latents = make_chunk(model, x, times, keys, cache, generator, guidance)
+        made = vae.decode(latents, decoder_state)
+        yield latents, made[:, :piece.shape[1]] if video is not None else made
+        frames += made.shape[1]
+
+
+def pieces(frames, chunk, stride=4):
+    """Group a video's frames, an iterator of [3, H, W], chunk by chunk as `stream` takes them: [1, f, 3, H, W],
+    f = 1 + stride (k - 1) and then stride k; the last piece has what is left."""
+    frames, size = iter(frames), 1 + stride * (chunk - 1)
+    while piece := list(itertools.islice(frames, size)):
+        yield torch.stack(piece)[None]
+        size = stride * chunk
 
 
 # ------------------------------------------------------------------------------------------------ many steps, guided
@@ -91,51 +139,19 @@ def solve_ode(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE):
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-class FrameWriter:
-    """Writes frames to .mp4, .gif or a .png sheet of 16, under a temporary name that becomes `path` when all went well."""
-
-    def __init__(self, path, total):
-        self.path, self.kind = path, os.path.splitext(path)[1].lower()
-        self.temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part{self.kind}")
-        self.picked = {round(i * (total - 1) / 15) for i in range(16)} if self.kind == ".png" else None
-        self.count, self.sheet = 0, []
-
-    def __enter__(self):
-        import imageio.v2 as iio
-        options = {".mp4": dict(fps=FPS, codec="libx264", quality=9, macro_block_size=2, ffmpeg_log_level="error"),
-                   ".gif": dict(duration=1000 / FPS, loop=0)}
-        self.writer = iio.get_writer(self.temporary, **options[self.kind]) if self.picked is None else None
-        return self
-
-    def write(self, video):
-        """Append video [F, 3, H, W] in [-1, 1]."""
-        for index, frame in enumerate(to_uint8(video), self.count):
-            if self.picked is None:
-                self.writer.append_data(frame.numpy())
-            elif index in self.picked:
-                self.sheet.append(video[index - self.count].cpu())
-        self.count += len(video)
-
-    def __exit__(self, error, *_):
-        if self.writer is not None:
-            self.writer.close()
-        elif error is None:
-            rows = torch.stack(self.sheet)
-            save_sheet(rows.unflatten(0, (-1, 8)) if len(rows) % 8 == 0 else rows[None], self.temporary, columns=16)
-        if error is None:
-            os.replace(self.temporary, self.path)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.temporary)
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description="Make a video from a prompt, streaming it chunk by chunk.")
     add = parser.add_argument
-    add("--prompt", required=True, help='such as "a red circle bouncing on a black background"')
-    add("--seconds", type=float, default=5.0, help="length of the video (16 frames/s)")
+    add("--prompt", help='such as "a red circle bouncing on a black background"')
+    add("--seconds", type=float, help="length of the video at 16 frames/s (5; with --video the video's)")
     add("--seed", type=int, default=0)
-    add("--out", default="sample.mp4", help="FILE.mp4, FILE.gif, or FILE.png for a sheet of frames")
+    add("--out", help="FILE.mp4, FILE.gif, or FILE.png for a sheet of frames (sample.mp4); with --prompts a folder")
+    add("--prompt-at", nargs=2, action="append", default=[], metavar=("SECONDS", "TEXT"), help="change the prompt mid-stream; any number of times")
+    add("--image", help="begin with this image")
+    add("--video", help="follow this video")
+    add("--strength", type=float, help="how far to leave --video: 0 not at all, 1 altogether (0.6)")
+    add("--prompts", help="a file with a prompt in each line: videos of all into the folder --out, as VBench lays them out")
+    add("--samples", type=int, help="videos for each of --prompts (5)")
     add("--steps", type=int, help="denoising steps (student 4, teacher 32)")
     add("--window", type=int, help="chunks of the past and present that a chunk sees")
     add("--teacher", action="store_true", help="sample the bidirectional many-step teacher, for comparison (at most 81 frames)")
@@ -146,25 +162,146 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
 
-    if not args.prompt.strip():
-        raise UserError('the prompt is empty; try --prompt "a red circle bouncing on a black background"')
-    if not 0 < args.seconds < float("inf"):
+    example = 'try --prompt "a red circle bouncing on a black background"'
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError(f"give one of --prompt and --prompts; {example}")
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError(f"the prompt is empty; {example}")
+    for flag, needs in (("samples", "prompts"), ("strength", "video")):
+        if getattr(args, flag) is not None and getattr(args, needs) is None:
+            raise UserError(f"--{flag} goes with --{needs}")
+    steering = [flag for flag in ("image", "video", "prompt_at") if getattr(args, flag)]
+    for other in ("teacher", "prompts"):
+        if getattr(args, other) and steering:
+            raise UserError(f"--{steering[0].replace('_', '-')} does not go with --{other}")
+    if args.image and args.video:
+        raise UserError("give one of --image and --video")
+    args.strength, args.samples = 0.6 if args.strength is None else args.strength, 5 if args.samples is None else args.samples
+    if not 0 <= args.strength <= 1:
+        raise UserError(f"--strength must lie between 0 and 1, not {args.strength:g}")
+    if args.seconds is None and not args.video:
+        args.seconds = 5.0
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
         raise UserError(f"--seconds must be greater than 0, not {args.seconds:g}")
-    for flag in ("steps", "window"):
+    for flag in ("steps", "window", "samples"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1")
+    args.frames = None if args.seconds is None else max(1, round(args.seconds * FPS))
+    if args.teacher and args.frames > FRAMES:
+        raise UserError(f"the teacher makes whole clips of at most {FRAMES} frames: --seconds {FRAMES / FPS:.2f} or less")
+    if args.prompts:
+        args.prompts = read_prompts(args.prompts)
+    args.changes = _changes(args)
+    _check_out(args)
+    args.weights = args.weights or os.path.join(WEIGHTS, "teacher.safetensors" if args.teacher else "student.safetensors")
+    return args
+
+
+def _changes(args):
+    """--prompt and every --prompt-at as [(seconds, text)] in the order of time."""
+    changes, end = {0.0: args.prompt}, args.seconds or math.inf
+    for seconds, text in args.prompt_at:
+        try:
+            at = float(seconds)
+        except ValueError:
+            raise UserError(f"--prompt-at takes a time in seconds and a text, not {seconds!r}") from None
+        if not 0 < at < end:
+            raise UserError(f"--prompt-at {seconds} must lie inside the video, after 0" + f" and before {end:g} seconds" * (end < math.inf))
+        if at in changes or not text.strip():
+            raise UserError(f"--prompt-at {seconds} " + ("is there twice" if at in changes else "has an empty prompt"))
+        changes[at] = text
+    return sorted(changes.items())
+
+
+def _check_out(args):
+    """--out can be written to; with --prompts it is a folder, made if it is not there."""
+    args.out = args.out or ("samples" if args.prompts else "sample.mp4")
+    if args.prompts:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+        return
     if os.path.splitext(args.out)[1].lower() not in (".mp4", ".gif", ".png"):
         raise UserError(f"--out {args.out} must end in .mp4, .gif or .png")
     folder = os.path.dirname(args.out) or "."
     if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {args.out}: {folder} is not a folder that can be written to")
-    args.frames = max(1, round(args.seconds * FPS))
-    if args.teacher and args.frames > FRAMES:
-        raise UserError(f"the teacher makes whole clips of at most {FRAMES} frames: --seconds {FRAMES / FPS:.2f} or less")
-    args.weights = args.weights or os.path.join(WEIGHTS, "teacher.safetensors" if args.teacher else "student.safetensors")
-    return args
 
 
+def until_interrupted(chunks):
+    """The chunks of a stream until Ctrl-C, which lets the chunk in the making end."""
+    stop = []
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    try:
+        for chunk in chunks:
+            yield chunk
+            if stop:
+                return
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def videos(args, model, vae, text, generator, **steering):
+    """Chunk by chunk what --teacher, whose whole clip is one chunk, or the stream makes."""
+    if not args.teacher:
+        return stream(model, vae, text, generator, args.steps or 4, args.window, **steering)
+    shape = (len(text), 1 + -(-(args.frames - 1) // 4), model.config.in_dim, SIZE // 8, SIZE // 8)
+    x0 = solve_ode(model, normal(shape, generator).to(text.device), text, args.steps or TEACHER_STEPS)[-1]
+    return iter([(x0, vae.decode(x0))])
+
+
+def write(chunks, paths, frames, total, bar):
+    """Write the videos of a stream to a path each, `frames` of each or, if that is None, to the end of the stream, about `total`.
+
+    -> (frames of each, time of the first)."""
+    first = None
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(FrameWriter(path, total)) for path in paths]
+        for _, video in chunks:
+            video = video[:, :frames and frames - writers[0].count].float().cpu()
+            first = first or time.perf_counter()
+            for writer, own in zip(writers, video):
+                writer.write(own)
+            bar.update(len(writers) * video.shape[1])
+            if writers[0].count == frames:
+                break
+    return writers[0].count, first
+
+
+def sample_one(args, model, vae, encoder):
+    """The video of --prompt, steered by --prompt-at, --image and --video, into --out."""
+    steering, total = {}, args.frames
+    if args.image:
+        steering = dict(image=read_image(args.image))
+    if args.video:
+        frames, length = read_video(args.video)
+        steering, total = dict(video=pieces(frames, model.config.chunk, vae.config.time_stride), strength=args.strength), min(total or length, length)
+    started = time.perf_counter()
+    with tqdm(total=total, unit="frame", desc="teacher" if args.teacher else "streaming") as bar:
+        texts = [(seconds * FPS, encoder([prompt])) for seconds, prompt in args.changes]
+        text = texts[0][1] if len(texts) == 1 else lambda made: [text for begin, text in texts if begin <= made][-1]
+        generator = torch.Generator().manual_seed(args.seed)
+        count, first = write(until_interrupted(videos(args, model, vae, text, generator, **steering)), [args.out], args.frames, total, bar)
+        spent = time.perf_counter() - started
+    print(f"wrote {args.out}: {count} frames of {SIZE} x {SIZE}; first frame after {1000 * (first - started):.0f} ms, {count / spent:.1f} frames/s")
+
+
+def sample_many(args, model, vae, encoder, batch=8):
+    """--samples videos for each of --prompts into the folder --out, named as VBench wants them; those that are there already are kept.
+
+    Number i of a prompt is what --prompt alone makes with --seed + i."""
+    jobs = [(prompt, index, os.path.join(args.out, f"{prompt}-{index}.mp4")) for prompt in args.prompts for index in range(args.samples)]
+    missing = [job for job in jobs if not os.path.exists(job[-1])]
+    with tqdm(total=len(jobs) * args.frames, initial=(len(jobs) - len(missing)) * args.frames, unit="frame", desc="streaming") as bar:
+        for start in range(0, len(missing), batch):
+            prompts, indices, paths = zip(*missing[start:start + batch])
+            generators = [torch.Generator().manual_seed(args.seed + index) for index in indices]
+            write(videos(args, model, vae, encoder(list(prompts)), generators), paths, args.frames, args.frames, bar)
+    print(f"{args.out} holds all {len(jobs)} videos, {len(missing)} of them new")
+
+
+@torch.no_grad()
 def main():
     args = parse_args()
     device = choose_device(args.device)
@@ -174,28 +311,7 @@ def main():
     if (model.config.in_dim, model.config.text_dim) != (vae.config.latent_dim, encoder.config.text_dim):
         raise UserError(f"{args.weights} does not go with the VAE ({vae.config.latent_dim} channels, the transformer "
                         f"{model.config.in_dim}) and text encoder ({encoder.config.text_dim}, {model.config.text_dim})")
-    generator = torch.Generator().manual_seed(args.seed)
-
-    started, first = time.perf_counter(), None
-    with FrameWriter(args.out, args.frames) as out, torch.no_grad(), \
-            tqdm(total=args.frames, unit="frame", desc="teacher" if args.teacher else "streaming") as bar:
-        text = encoder([args.prompt])
-        if args.teacher:
-            shape = (1, 1 + -(-(args.frames - 1) // 4), model.config.in_dim, SIZE // 8, SIZE // 8)
-            noise = torch.randn(shape, generator=generator).to(device)
-            chunks = ((x0, vae.decode(x0)) for x0 in [solve_ode(model, noise, text, args.steps or TEACHER_STEPS)[-1]])
-        else:
-            chunks = stream(model, vae, text, generator, args.steps or 4, args.window)
-        for _, video in chunks:
-            video = video[0, :args.frames - out.count].float().cpu()
-            first = first or time.perf_counter() - started
-            out.write(video)
-            bar.update(len(video))
-            if out.count == args.frames:
-                break
-        spent = time.perf_counter() - started
-    print(f"wrote {args.out}: {args.frames} frames of {SIZE} x {SIZE}; "
-          f"first frame after {1000 * first:.0f} ms, {args.frames / spent:.1f} frames/s")
+    (sample_many if args.prompts else sample_one)(args, model, vae, encoder)
 
 
 if __name__ == "__main__":

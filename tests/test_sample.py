@@ -1,14 +1,19 @@
+import itertools
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 
 import sample
+from data import sample_clips
 from model import DiT, ModelConfig, save_model
-from sample import FrameWriter, make_chunk, solve_ode, stream
+from sample import make_chunk, pieces, solve_ode, stream
 from text import TextEncoder
 from training import WEIGHTS, save_weights
 from vae import VAE, VAEConfig
@@ -69,7 +74,13 @@ def bad_inputs(folder):
             (["--weights", folder / "nowhere.safetensors"], "nowhere"), (["--weights", truncated], "truncated"),
             (["--weights", other], "does not go with"), (["--weights", folder / "wrong.safetensors"], "do not fit"),
             (["--weights", folder / "vae.safetensors"], "not hold a transformer"), (["--vae", folder / "model.safetensors"], "not hold a VAE"),
-            (["--teacher", "--seconds", "6"], "81 frames"), (["--nonsense"], "nonsense")]
+            (["--teacher", "--seconds", "6"], "81 frames"), (["--nonsense"], "nonsense"),
+            (["--prompts", "prompts.txt"], "one of --prompt and --prompts"), (["--image", folder / "nowhere.png"], "nowhere.png"),
+            (["--video", folder / "model.safetensors"], "cannot read a video"), (["--video", "a", "--image", "b"], "one of --image and --video"),
+            (["--video", "a", "--strength", "1.5"], "--strength"), (["--strength", "0.5"], "--strength goes with --video"),
+            (["--samples", "3"], "--samples goes with --prompts"), (["--image", "a", "--teacher"], "does not go with --teacher"),
+            (["--prompt-at", "7", "late"], "--prompt-at 7"), (["--prompt-at", "soon", "x"], "soon"), (["--prompt-at", "1", " "], "empty prompt"),
+            (["--prompt-at", "1", "a", "--prompt-at", "1", "b"], "twice")]
 
 
 def test_bad_input_ends_in_one_clear_line_and_status_2(tiny, command_line, tmp_path):
@@ -79,15 +90,6 @@ def test_bad_input_ends_in_one_clear_line_and_status_2(tiny, command_line, tmp_p
         lines = [line for line in err.splitlines() if "error:" in line]
         assert status == 2 and len(lines) == 1 and words in lines[0], (arguments, err)
         assert os.listdir(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"there before"
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
-def test_a_run_that_fails_midway_leaves_no_half_written_file(tmp_path, name):
-    (tmp_path / name).write_bytes(b"there before")
-    with pytest.raises(RuntimeError), FrameWriter(str(tmp_path / name), 32) as out:
-        out.write(torch.zeros(16, 3, 64, 64))
-        raise RuntimeError("out of memory")
-    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"there before"
 
 
 def parts():
@@ -148,3 +150,103 @@ def test_solver_guides_from_the_null_prompt():
     assert torch.allclose(states[1], model.schedule.step(noise, v, 1.0, model.schedule.timesteps(4)[1]), atol=1e-5)     # guidance 1 is the prompt's v
     null = solve_ode(model, noise, torch.zeros_like(text), steps=4, guidance=5.0)
     assert torch.allclose(null, solve_ode(model, noise, torch.zeros_like(text), steps=4, guidance=1.0), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- steering
+def steered(chunks=4, seed=0, **steering):
+    model, vae, text = parts()
+    source = stream(model, vae, steering.pop("text", text), torch.Generator().manual_seed(seed), **steering)
+    made = list(itertools.islice(source, chunks))
+    return torch.cat([x for x, _ in made], dim=1), torch.cat([v for _, v in made], dim=1)
+
+
+def film(frames=45):
+    return sample_clips(1, torch.Generator().manual_seed(0)).render(0, frames)[0]
+
+
+def test_strength_0_reconstructs_the_video_and_strength_1_ignores_it():
+    vae = parts()[1]
+    with torch.no_grad():
+        latents = vae.encode(film()[None])
+        expected = vae.decode(latents)
+    x, made = steered(99, video=pieces(film(), 3), strength=0.0)
+    assert (x - latents).abs().max() < 1e-5 and (made - expected).abs().max() < 1e-5
+    assert torch.equal(steered(4, video=pieces(film(), 3), strength=1.0)[0], steered(4)[0])
+    between = steered(99, video=pieces(film(), 3), strength=0.3)[0]
+    assert 0.01 < (between - latents).abs().mean() < (steered(4)[0][:, :12] - latents).abs().mean()
+
+
+@pytest.mark.parametrize("frames", [1, 3, 9, 10, 21, 44])
+def test_a_video_gives_as_many_frames_as_it_has(frames):
+    assert steered(99, video=pieces(film(frames), 3), strength=0.5)[1].shape[1] == frames
+
+
+def test_output_begins_before_the_video_has_ended():
+    read = []
+    model, vae, text = parts()
+    frames = (read.append(i) or frame for i, frame in enumerate(film(45)))
+    next(stream(model, vae, text, torch.Generator().manual_seed(0), video=pieces(frames, 3), strength=0.5))
+    assert len(read) == 9
+
+
+def test_the_first_frame_is_the_image_and_the_rest_follow_from_it():
+    vae, image = parts()[1], film(1)
+    with torch.no_grad():
+        expected = vae.decode(vae.encode(image[None]))
+    x, made = steered(4, image=image)
+    assert x.shape[1] == 10 and made.shape[1] == 37 and torch.equal(made[:, :1], expected)
+    assert not torch.allclose(x[:, 1:], steered(4, image=-image)[0][:, 1:])                 # the image is seen by what comes after
+
+
+def test_a_new_prompt_takes_effect_at_the_next_chunk_and_its_keys_are_made_once(monkeypatch):
+    text, asked, made = parts()[2], [], []
+    other = TextEncoder()(["a blue star"]).detach()
+    keys = DiT.text_keys
+    monkeypatch.setattr(DiT, "text_keys", lambda self, text: made.append(text) or keys(self, text))
+    changed = steered(6, text=lambda frames: asked.append(frames) or (text if frames < 20 else other))[0]
+    assert asked == [0, 9, 21, 33, 45, 57] and len(made) == 2
+    same = steered(6)[0]
+    assert torch.equal(changed[:, :6], same[:, :6]) and not torch.allclose(changed[:, 6:9], same[:, 6:9])
+
+
+def test_each_video_of_a_batch_is_what_it_is_alone():
+    model, vae, text = parts()
+    both = stream(model, vae, text.expand(2, -1, -1), [torch.Generator().manual_seed(s) for s in (3, 4)])
+    both = torch.cat([next(both)[0] for _ in range(3)], dim=1)
+    for row, seed in zip(both, (3, 4)):
+        assert (row - steered(3, seed)[0][0]).abs().max() < 1e-4
+
+
+def test_steering_from_the_command_line(tiny, command_line, tmp_path):
+    for index, flags in enumerate((["--image", "a.png"], ["--video", "a.mp4", "--strength", 0.3], ["--prompt-at", 0.7, "a blue star"])):
+        iio.imwrite("a.png", np.zeros((90, 70, 3), "uint8"))
+        iio.imwrite("a.mp4", np.zeros((40, 90, 70, 3), "uint8"), fps=20)
+        status, out, err = command_line(sample, "--prompt", PROMPT, "--out", f"{index}.mp4", *flags, *tiny[1])
+        assert status == 0 and ("resized and cropped" in out) == (index < 2), err
+        assert len(iio.imread(f"{index}.mp4")) == (32 if index == 1 else 80)
+
+
+def test_many_prompts_go_on_where_they_stopped(tiny, command_line, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    flags = ["--prompts", "prompts.txt", "--samples", 2, "--seconds", 0.5, "--out", "made", *tiny[1]]
+    status, out, err = command_line(sample, *flags)
+    names = {f"{prompt}-{index}.mp4" for prompt in ("a red circle", "a blue star") for index in (0, 1)}
+    assert status == 0 and set(os.listdir("made")) == names and "4 of them new" in out, err
+    os.remove("made/a blue star-1.mp4")
+    kept = os.path.getmtime("made/a red circle-0.mp4")
+    status, out, err = command_line(sample, *flags)
+    assert set(os.listdir("made")) == names and "1 of them new" in out and os.path.getmtime("made/a red circle-0.mp4") == kept
+    command_line(sample, "--prompt", "a blue star", "--seed", 1, "--seconds", 0.5, "--out", "alone.mp4", *tiny[1])
+    assert np.abs(iio.imread("alone.mp4").astype(int) - iio.imread("made/a blue star-1.mp4")).max() < 20
+
+
+def test_ctrl_c_leaves_a_playable_file_of_what_was_made(tiny, tmp_path):
+    command = [sys.executable, os.path.join(ROOT, "sample.py"), "--prompt", PROMPT, "--seconds", "100000", "--out", "a.mp4", *map(str, tiny[1])]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    part = tmp_path / ".a.mp4.part.mp4"
+    while running.poll() is None and not (part.exists() and part.stat().st_size > 50_000):  # the file grows as it is made
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    out, _ = running.communicate(timeout=60)
+    assert running.returncode == 0 and os.listdir(tmp_path) == ["a.mp4"]
+    assert f"{len(iio.imread(tmp_path / 'a.mp4'))} frames" in out

@@ -1,0 +1,114 @@
+import errno
+import os
+
+import imageio.v2 as iio
+import numpy as np
+import pytest
+import torch
+
+from files import FrameWriter, fit, read_image, read_prompts, read_video
+from training import UserError
+
+
+def picture(height, width, channels, dtype):
+    """Left half bright, right half dark; opaque if there is alpha."""
+    top = 65535 if dtype == "uint16" else 255
+    image = np.zeros((height, width, channels), dtype)
+    image[:, :width // 2] = top
+    if channels in (2, 4):
+        image[..., -1] = top
+    return image.squeeze(-1) if channels == 1 else image
+
+
+@pytest.mark.parametrize("shape, dtype", [((64, 64, 3), "uint8"), ((65, 91, 3), "uint8"), ((200, 64, 4), "uint8"), ((33, 80, 1), "uint8"),
+                                          ((70, 70, 1), "uint16"), ((9, 7, 3), "uint8")])
+def test_any_picture_is_read(tmp_path, shape, dtype):
+    path = str(tmp_path / "a.png")
+    iio.imwrite(path, picture(*shape, dtype))
+    image = read_image(path)
+    assert image.shape == (1, 3, 64, 64) and image.min() >= -1 and image.max() <= 1
+    assert (image[..., :20] > 0.95).all() and (image[..., -20:] < -0.95).all()          # nothing is turned round, scaled wrong or stretched
+
+
+def test_what_is_transparent_becomes_black():
+    image = np.full((64, 64, 4), 255, "uint8")
+    image[:32, :, 3] = 0
+    assert (fit(image, 64)[:, :32] == -1).all() and (fit(image, 64)[:, 32:] == 1).all()
+
+
+def test_a_video_of_any_size_and_rate_is_read_at_16_frames_a_second(tmp_path, capsys):
+    path = str(tmp_path / "a.mp4")
+    with iio.get_writer(path, fps=30, macro_block_size=1, codec="libx264", output_params=["-pix_fmt", "yuv444p"]) as out:
+        for _ in range(60):
+            out.append_data(picture(51, 75, 3, "uint8"))
+    frames, about = read_video(path)
+    frames = list(frames)
+    assert about == len(frames) == 32 and "75 x 51 at 30" in capsys.readouterr().out
+    assert all(frame.shape == (3, 64, 64) and frame[:, :, :20].min() > 0.8 and frame[:, :, -20:].max() < -0.8 for frame in frames)
+
+
+@pytest.mark.parametrize("read", [read_image, read_video])
+@pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n broken", None])
+def test_what_cannot_be_read_is_named(tmp_path, read, content):
+    path = tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="a.png") as raised:
+        read(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_truncated_video_gives_what_it_holds_or_is_named(tmp_path):
+    path = str(tmp_path / "a.mp4")
+    iio.mimwrite(path, [picture(64, 64, 3, "uint8")] * 40, fps=16)
+    whole = open(path, "rb").read()
+    open(path, "wb").write(whole[:len(whole) // 2])
+    try:
+        assert len(list(read_video(path)[0])) <= 40
+    except UserError as error:
+        assert "a.mp4" in str(error)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
+def test_a_run_that_fails_midway_leaves_no_half_written_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"there before")
+    with pytest.raises(RuntimeError), FrameWriter(str(tmp_path / name), 32) as out:
+        out.write(torch.zeros(16, 3, 64, 64))
+        raise RuntimeError("out of memory")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"there before"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_a_full_disk_is_named_and_damages_nothing(tmp_path, name, monkeypatch):
+    (tmp_path / name).write_bytes(b"there before")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=f"cannot write .*{name}.*No space left"), FrameWriter(str(tmp_path / name), 32) as out:
+        out.write(torch.zeros(16, 3, 64, 64))
+        monkeypatch.setattr(out.writer, "append_data", full)
+        out.write(torch.zeros(16, 3, 64, 64))
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"there before"
+
+
+def test_a_video_that_ffmpeg_could_not_finish_is_noticed(tmp_path):
+    with pytest.raises(UserError, match="a.mp4.*cut short"), FrameWriter(str(tmp_path / "a.mp4"), 32) as out:
+        out.write(torch.zeros(16, 3, 64, 64))
+        out.writer.close()
+        os.truncate(out.temporary, os.path.getsize(out.temporary) // 2)
+    assert not os.listdir(tmp_path)
+
+
+def test_prompts_are_read_a_line_each(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n\n  a blue star \na red circle\n", encoding="utf-8")
+    assert read_prompts(str(path)) == ["a red circle", "a blue star"]
+    for text, words in (("a\nred/blue\n", "line 2"), ("x" * 300, "line 1"), ("\n \n", "no prompt")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=words):
+            read_prompts(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    for name in (path, tmp_path, tmp_path / "nowhere.txt"):
+        with pytest.raises(UserError, match="cannot read the prompts"):
+            read_prompts(str(name))
