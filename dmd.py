@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from model import load_model, save_model
 from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
-from sample import GUIDANCE, guided_v, make_chunk, with_null
+from sample import GUIDANCE, denoise_chunk, guided_v, remember_chunk, with_null
 from teacher import LatentClips, flow_matching_loss
 from text import load_text_encoder
 from training import EMA, WEIGHTS, adamw, autocast, check_training, optimise, run_main, train, training_parser
@@ -55,8 +55,11 @@ def rollout(student, noise, text, generator):
     c, times = student.config, student.schedule.timesteps(STUDENT_STEPS)
     cache, keys = student.new_cache(len(noise), *noise.shape[-2:]), student.text_keys(text)
     stops = torch.randint(1, STUDENT_STEPS + 1, (-(-noise.shape[1] // c.chunk),), generator=generator).tolist()
-    return torch.cat([make_chunk(student, chunk, times, keys, cache, generator, stop=stop)
-                      for chunk, stop in zip(noise.split(c.chunk, dim=1), stops)], dim=1)
+    x0_hat = []
+    for chunk, stop in zip(noise.split(c.chunk, dim=1), stops):
+        x0_hat.append(denoise_chunk(student, chunk, times, keys, cache, generator, stop=stop))
+        remember_chunk(student, x0_hat[-1], keys, cache)
+    return torch.cat(x0_hat, dim=1)
 
 
 def clip_times(count, frames, schedule, generator, device):

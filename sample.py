@@ -34,32 +34,32 @@ def normal(shape, generator):
     return torch.randn(shape, generator=generator)
 
 
-def make_chunk(model, noise, times, keys, cache, generator, guidance=None, stop=None):
-    """One chunk of Algorithm 2: denoise `noise` [B, k, C, h, w] at the few-step times [N + 1], which end in 0, then write
-    the clean chunk's keys and values into the cache. -> x0, the chunk's latents.
-
-    With the single time 0 the chunk is clean already, and the cache alone is written.
+def denoise_chunk(model, x, times, keys, cache, generator, guidance=None, stop=None):
+    """One chunk of Algorithm 2: from noise x [B, k, C, h, w] at the few-step times [N + 1], which end in 0, to x0, the chunk's latents.
 
     guidance: solve the ODE with classifier-free guidance instead, in many steps (the causal many-step teacher); keys and cache are
     then for 2 B, the prompts and as many null prompts. stop: end after so many steps, only the last with gradient (Self Forcing).
     """
-    schedule, x, last = model.schedule, noise, len(times) - 2 if stop is None else stop - 1
+    schedule, last, trained = model.schedule, len(times) - 2 if stop is None else stop - 1, torch.is_grad_enabled()
     attention = dict(chunk=cache.chunk, window=cache.window, cache=cache)
-    at = lambda x, t: torch.full(x.shape[:2], float(t), device=x.device)
-    trained = torch.is_grad_enabled()
     for step, (t, r) in enumerate(zip(times[:last + 1], times[1:])):
+        at = torch.full(x.shape[:2], float(t), device=x.device)
         with torch.set_grad_enabled(trained and step == last):
             if guidance is not None:
-                x = schedule.step(x, guided_v(model, x, at(x, t), keys, guidance, **attention), t, r)
+                x = schedule.step(x, guided_v(model, x, at, keys, guidance, **attention), t, r)
                 continue
-            x = schedule.x0(x, model(x, at(x, t), keys, **attention), t)
+            x = schedule.x0(x, model(x, at, keys, **attention), t)
             if step < last:
                 x = schedule.add_noise(x, normal(x.shape, generator).to(x.device), r)      # re-noise to the next time
-    with torch.no_grad():
-        clean = x.repeat(cache.k.shape[1] // len(x), 1, 1, 1, 1)
-        model(clean, at(clean, 0), keys, **attention)
-        cache.commit(x.shape[1])
     return x
+
+
+@torch.no_grad()
+def remember_chunk(model, x0, keys, cache):
+    """The end of Algorithm 2's loop: a finished chunk passes once more, clean, at t = 0, and leaves its keys and values in the cache."""
+    x0 = x0.repeat(cache.k.shape[1] // len(x0), 1, 1, 1, 1)                   # under guidance the cache has the null prompts' half too
+    model(x0, torch.zeros(x0.shape[:2], device=x0.device), keys, chunk=cache.chunk, window=cache.window, cache=cache)
+    cache.commit(x0.shape[1])
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def stream(model, vae, text, generator, steps=4, window=None, size=SIZE, guidanc
 
     text: embedded prompts [B, S, text_dim], or a function from the number of frames made so far to them, asked before each
     chunk: a new prompt steers the video that is running. generator: see `normal`. window: chunks attended to, the model's own by
-    default. guidance: as for `make_chunk`, for a causal model that was not distilled.
+    default. guidance: as for `denoise_chunk`, for a causal model that was not distilled.
 
     The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. image [B, 3, size, size]: the first chunk is the image alone,
     clean. video: an iterator of `pieces`, one for each chunk; each is encoded, noised to the time that `strength` in [0, 1] stands for,
@@ -86,7 +86,7 @@ def stream(model, vae, text, generator, steps=4, window=None, size=SIZE, guidanc
         if frames == 0:
             cache = model.new_cache(len(keys[0][0]), side, side, window=window)
         if image is not None and frames == 0:
-            latents = make_chunk(model, vae.encode(image[:, None].to(now.device)), times[-1:], keys, cache, generator)
+            x0 = vae.encode(image[:, None].to(now.device))
         else:
             x = normal((len(now), c.chunk, c.in_dim, side, side), generator).to(now.device)
             if video is not None:
@@ -94,11 +94,12 @@ def stream(model, vae, text, generator, steps=4, window=None, size=SIZE, guidanc
                 if piece is None:
                     return
                 missing = -(piece.shape[1] - (frames == 0)) % vae.config.time_stride       # the last piece may end within a latent frame
-                x0 = vae.encode(torch.cat([piece] + missing * [piece[:, -1:]], dim=1).to(now.device), encoder_state)
-                x = schedule.add_noise(x0, x[:, :x0.shape[1]], start)
-            latents = make_chunk(model, x, times, keys, cache, generator, guidance)
-        made = vae.decode(latents, decoder_state)
-        yield latents, made[:, :piece.shape[1]] if video is not None else made
+                source = vae.encode(torch.cat([piece] + missing * [piece[:, -1:]], dim=1).to(now.device), encoder_state)
+                x = schedule.add_noise(source, x[:, :source.shape[1]], start)
+            x0 = denoise_chunk(model, x, times, keys, cache, generator, guidance)
+        made = vae.decode(x0, decoder_state)
+        yield x0, made[:, :piece.shape[1]] if video is not None else made
+        remember_chunk(model, x0, keys, cache)                         # after the viewer has seen it
         frames += made.shape[1]
 
 

@@ -13,7 +13,7 @@ import torch
 import sample
 from data import sample_clips
 from model import DiT, ModelConfig, save_model
-from sample import make_chunk, pieces, solve_ode, stream
+from sample import pieces, remember_chunk, solve_ode, stream
 from text import TextEncoder
 from training import WEIGHTS, save_weights
 from vae import VAE, VAEConfig
@@ -136,7 +136,7 @@ def test_memory_and_frames_of_a_stream():
     size = cache.k.numel() + cache.v.numel()
     with torch.no_grad():
         for _ in range(5):
-            make_chunk(model, torch.randn(1, 3, 8, 8, 8), model.schedule.timesteps(1), model.text_keys(text), cache, None)
+            remember_chunk(model, torch.randn(1, 3, 8, 8, 8), model.text_keys(text), cache)
             assert cache.frames <= 3 and cache.k.numel() + cache.v.numel() == size
 
 
