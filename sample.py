@@ -63,18 +63,18 @@ def remember_chunk(model, x0, keys, cache):
 
 
 @torch.no_grad()
-def stream(model, vae, text, generator, steps=4, window=None, size=SIZE, guidance=None, image=None, video=None, strength=1.0):
-    """Video in constant memory, without end: yields (latents [B, k, C, h, w], video [B, F, 3, size, size]) chunk by chunk.
+def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE), guidance=None, image=None, video=None, strength=1.0):
+    """Video in constant memory, without end: yields (latents [B, k, C, h, w], video [B, F, 3, H, W]) chunk by chunk.
 
     text: embedded prompts [B, S, text_dim], or a function from the number of frames made so far to them, asked before each
     chunk: a new prompt steers the video that is running. generator: see `normal`. window: chunks attended to, the model's own by
     default. guidance: as for `denoise_chunk`, for a causal model that was not distilled.
 
-    The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. image [B, 3, size, size]: the first chunk is the image alone,
+    The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. size: (H, W). image [B, 3, H, W]: the first chunk is the image alone,
     clean. video: an iterator of `pieces`, one for each chunk; each is encoded, noised to the time that `strength` in [0, 1] stands for,
     and denoised from there, and the stream ends with it. Strength 0 gives the autoencoder's reconstruction, 1 the stream without video.
     """
-    c, side, schedule = model.config, size // 8, model.schedule
+    c, schedule, (h, w) = model.config, model.schedule, (side // 8 for side in size)
     prompt = text if callable(text) else lambda frames: text
     times, frames, shown, encoder_state, decoder_state = schedule.timesteps(steps), 0, None, {}, {}
     start = schedule.shifted(torch.tensor(strength, dtype=torch.float64))
@@ -84,11 +84,11 @@ def stream(model, vae, text, generator, steps=4, window=None, size=SIZE, guidanc
         if now is not shown:                                           # text keys and values: once for each prompt
             keys, shown = model.text_keys(with_null(now) if guidance is not None else now), now
         if frames == 0:
-            cache = model.new_cache(len(keys[0][0]), side, side, window=window)
+            cache = model.new_cache(len(keys[0][0]), h, w, window=window)
         if image is not None and frames == 0:
             x0 = vae.encode(image[:, None].to(now.device))
         else:
-            x = normal((len(now), c.chunk, c.in_dim, side, side), generator).to(now.device)
+            x = normal((len(now), c.chunk, c.in_dim, h, w), generator).to(now.device)
             if video is not None:
                 piece = next(video, None)
                 if piece is None:
