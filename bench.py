@@ -53,7 +53,7 @@ def many_steps(model, vae, text, generator, latent_shape):
 
 
 def without_cache(model, vae, text, generator, latent_shape, steps=4):
-    """What the student's stream would be if every pass went over all chunks in the window again."""
+    """The student's stream, to the same latents, if every pass went over all chunks so far again."""
     c, schedule, state = model.config, model.schedule, {}
     keys, times, past = model.text_keys(text), schedule.timesteps(steps), torch.zeros(len(text), 0, *latent_shape[2:], device=text.device)
     while True:
@@ -63,7 +63,7 @@ def without_cache(model, vae, text, generator, latent_shape, steps=4):
             x = schedule.x0(x, model(torch.cat([past, x], dim=1), at, keys, chunk=c.chunk, window=c.window)[:, -c.chunk:], t)
             x = schedule.add_noise(x, normal(x.shape, generator).to(text.device), r) if r > 0 else x
         yield vae.decode(x, state)
-        past = torch.cat([past, x], dim=1)[:, -(c.window - 1) * c.chunk:]
+        past = torch.cat([past, x], dim=1)
 
 
 def now(device):

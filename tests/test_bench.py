@@ -1,0 +1,42 @@
+import itertools
+import json
+
+import torch
+
+import bench
+from model import DiT, ModelConfig
+from sample import stream
+from text import TextEncoder
+from vae import VAE, VAEConfig
+
+
+def parts():
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=2, window=3)).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    return model, VAE(VAEConfig(8, 4, 16, 16, 16)).eval().requires_grad_(False), TextEncoder()(["a red circle"]).detach()
+
+
+def test_the_row_without_a_cache_makes_the_same_video():
+    model, vae, text = parts()
+    plain = bench.without_cache(model, vae, text, torch.Generator().manual_seed(0), (1, 21, 8, 8, 8))
+    cached = stream(model, vae, text, torch.Generator().manual_seed(0))
+    for a, (_, b) in itertools.islice(zip(plain, cached), 6):
+        assert (a - b).abs().max() < 1e-4
+
+
+def test_passes_and_operations_are_counted():
+    model, vae, text = parts()
+    chunks = (video for _, video in stream(model, vae, text, torch.Generator().manual_seed(0)))
+    passes, flops = bench.count(model, chunks, 21, torch.device("cpu"))
+    assert passes == 9 and flops > 0                                      # two chunks of 4, and the clean pass of the first
+
+
+def test_the_command_prints_the_table_of_its_json(command_line, monkeypatch):
+    monkeypatch.setattr(bench, "FRAMES", 9)
+    monkeypatch.setattr(bench, "TEACHER_STEPS", 2)
+    status, out, err = command_line(bench, "--repeats", 1, "--device", "cpu", "--out", "bench.json")
+    assert status == 0, err
+    result = json.load(open("bench.json"))
+    assert bench.table(result) in out and len(result["rows"]) == 3 and len(result["stages, ms"]) == 4
+    assert result["matmul GFLOP/s"] > 0 and result["rows"]["teacher, 2 steps, guided"]["passes"] == 2
