@@ -71,14 +71,13 @@ def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE),
     default. guidance: as for `denoise_chunk`, for a causal model that was not distilled.
 
     The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. size: (H, W). image [B, 3, H, W]: the first chunk is the image alone,
-    clean. video: an iterator of `pieces`, one for each chunk; each is encoded, noised to the time that `strength` in [0, 1] stands for,
-    and denoised from there, and the stream ends with it. Strength 0 gives the autoencoder's reconstruction, 1 the stream without video.
+    clean. video: an iterator of `pieces`, one for each chunk; each is encoded, noised to t = strength, and denoised from
+    there, and the stream ends with it. Strength 0 gives the autoencoder's reconstruction, 1 the stream without video.
     """
     c, schedule, (h, w) = model.config, model.schedule, (side // 8 for side in size)
     prompt = text if callable(text) else lambda frames: text
     times, frames, shown, encoder_state, decoder_state = schedule.timesteps(steps), 0, None, {}, {}
-    start = schedule.shifted(torch.tensor(strength, dtype=torch.float64))
-    times = torch.cat([start[None], times[times < start]])             # the student's times, from where the video is left
+    times = torch.cat([times.new_tensor([strength]), times[times < strength]])            # the student's times, from where the video is left
     while True:
         now = prompt(frames)
         if now is not shown:                                           # text keys and values: once for each prompt
@@ -95,7 +94,7 @@ def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE),
                     return
                 missing = -(piece.shape[1] - (frames == 0)) % vae.config.time_stride       # the last piece may end within a latent frame
                 source = vae.encode(torch.cat([piece] + missing * [piece[:, -1:]], dim=1).to(now.device), encoder_state)
-                x = schedule.add_noise(source, x[:, :source.shape[1]], start)
+                x = schedule.add_noise(source, x[:, :source.shape[1]], times[0])
             x0 = denoise_chunk(model, x, times, keys, cache, generator, guidance)
         made = vae.decode(x0, decoder_state)
         yield x0, made[:, :piece.shape[1]] if video is not None else made
@@ -150,7 +149,7 @@ def parse_args():
     add("--prompt-at", nargs=2, action="append", default=[], metavar=("SECONDS", "TEXT"), help="change the prompt mid-stream; any number of times")
     add("--image", help="begin with this image")
     add("--video", help="follow this video")
-    add("--strength", type=float, help="how far to leave --video: 0 not at all, 1 altogether (0.6)")
+    add("--strength", type=float, help="how far to leave --video, the time t that it is noised to: 0 not at all, 1 altogether (0.7)")
     add("--prompts", help="a file with a prompt in each line: videos of all into the folder --out, as VBench lays them out")
     add("--samples", type=int, help="videos for each of --prompts (5)")
     add("--steps", type=int, help="denoising steps (student 4, teacher 32)")
@@ -177,7 +176,7 @@ def parse_args():
             raise UserError(f"--{steering[0].replace('_', '-')} does not go with --{other}")
     if args.image and args.video:
         raise UserError("give one of --image and --video")
-    args.strength, args.samples = 0.6 if args.strength is None else args.strength, 5 if args.samples is None else args.samples
+    args.strength, args.samples = 0.7 if args.strength is None else args.strength, 5 if args.samples is None else args.samples
     if not 0 <= args.strength <= 1:
         raise UserError(f"--strength must lie between 0 and 1, not {args.strength:g}")
     if args.seconds is None and not args.video:
