@@ -20,6 +20,10 @@ from training import (EMA, WEIGHTS, Muon, autocast, check_training, optimise, ru
 from vae import load_vae
 
 
+# how often a motion is drawn, in the order of data.MOTIONS: a bounce and a spin take far longer to learn than standing still
+SHARES = torch.tensor([1.0, 2, 2, 4, 2, 2, 4, 1])
+
+
 class LatentClips:
     """Clips of the shapes world as latents, encoded once and kept in a file beside the runs."""
 
@@ -44,7 +48,7 @@ class LatentClips:
 
     def batch(self, count, frames, generator, device):
         """`count` random pieces of `frames` latent frames: (x0 [B, T, C, h, w], prompts). Half of them begin with the clip."""
-        index, total = torch.randint(len(self.clips), (count,), generator=generator), self.latents.shape[1]
+        index, total = torch.multinomial(SHARES[self.clips.motion], count, True, generator=generator), self.latents.shape[1]
         start = torch.randint(total - frames + 1, (count,), generator=generator)
         start = start * torch.randint(2, (count,), generator=generator)
         x0 = self.latents[index[:, None], start[:, None] + torch.arange(frames)]
@@ -100,9 +104,10 @@ def main():
         if args.causal:
             t = draw_chunk_times(count, frames, model.config.chunk, model.schedule, generator)
         else:
-            # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a frame
-            schedule = model.schedule if images else replace(model.schedule, shift=2 * model.config.shift)
-            t = draw_times(count, schedule, generator)[:, None].expand(-1, frames)
+            # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
+            # frame, so half of the clips get times of twice the shift
+            doubled = 1 if images else 1 + torch.randint(2, (count,), generator=generator)
+            t = draw_times(count, replace(model.schedule, shift=model.config.shift * doubled), generator)[:, None].expand(-1, frames)
         with autocast(args):
             loss = flow_matching_loss(model, x0, t.to(args.device), encoder(prompts) * keep[:, None, None], generator, **attention)
         norm = optimise(optimizer, loss)

@@ -1,12 +1,30 @@
 import torch
 
+from data import BOUNCE, SPIN, sample_clips
 from model import Schedule
-from teacher import draw_chunk_times, draw_times, flow_matching_loss
+from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss
 
 
 def test_times_are_shifted_towards_noise():
     t = draw_times(20_000, Schedule(shift=5.0), torch.Generator().manual_seed(0))
     assert 0 < t.min() and t.max() < 1 and abs(t.median() - 5 / 6) < 0.01                # u = 1/2 becomes s / (s + 1)
+
+
+def test_half_of_the_clips_can_have_twice_the_shift():
+    t = draw_times(20_000, Schedule(shift=5.0 * (1 + torch.arange(20_000) % 2)), torch.Generator().manual_seed(0))
+    assert abs(t[::2].median() - 5 / 6) < 0.01 and abs(t[1::2].median() - 10 / 11) < 0.01
+
+
+def test_motions_that_are_hard_to_learn_are_drawn_more_often():
+    data = object.__new__(LatentClips)                                                    # without a VAE: the draw is what is tested
+    data.clips = sample_clips(2000, torch.Generator().manual_seed(0))
+    data.latents = torch.zeros(2000, 21, 1, 1, 1)
+    x0, prompts = data.batch(20_000, 21, torch.Generator().manual_seed(0), "cpu")
+    assert x0.shape == (20_000, 21, 1, 1, 1)
+    share = lambda *words: sum(any(word in prompt for word in words) for prompt in prompts) / len(prompts)
+    expected = SHARES[data.clips.motion] / SHARES[data.clips.motion].sum()
+    assert abs(share("bouncing") - expected[data.clips.motion == BOUNCE].sum()) < 0.02
+    assert abs(share("spinning", "turning") - expected[data.clips.motion == SPIN].sum()) < 0.02
 
 
 def test_each_chunk_has_a_time_of_its_own_and_one_in_four_is_clean():
