@@ -1,6 +1,6 @@
 """Speed, side by side and in one run: the many-step teacher, the streaming student, and where the student's time goes.
 
-    python bench.py                       the shipped small models
+    python bench.py                       the shipped small models, in some five minutes
     python bench.py --size wan-1.3b       a large one with random weights, for a GPU
 
 Every time is the median of several, taken in turns, so that what else a machine does falls on all rows alike.
@@ -21,7 +21,7 @@ from data import FRAMES, SIZE
 from model import DiT, ModelConfig, load_model
 from sample import TEACHER_STEPS, denoise_chunk, normal, remember_chunk, solve_ode, stream
 from text import TextConfig, TextEncoder, load_text_encoder
-from training import WEIGHTS, choose_device, choose_dtype, hardware, run_main
+from training import WEIGHTS, UserError, choose_device, choose_dtype, hardware, run_main
 from vae import VAE, VAEConfig, load_vae
 
 # transformer, height and width of the video
@@ -103,6 +103,23 @@ def stages(model, vae, encoder, latent_shape, device):
     return spent
 
 
+def endless(model, vae, text, generator, size, chunks, pairs=25):
+    """What chunk number `chunks` of a stream costs against the first ones behind a full window: two streams take turns, so that the
+    machine is the same for both, and the median of the ratios of their times is what counts."""
+    long, short = (stream(model, vae, text, g, size=size) for g in (generator, torch.Generator().manual_seed(0)))
+    for chunk, name in ((long, "to the late chunk"), (short, "to a full window")):
+        for _ in tqdm(range(chunks if chunk is long else model.config.window), desc=name, unit="chunk"):
+            next(chunk)
+    ratios = []
+    for _ in range(pairs):
+        clock = [now(text.device)]
+        for chunk in (long, short):
+            next(chunk)
+            clock.append(now(text.device))
+        ratios.append((clock[1] - clock[0]) / (clock[2] - clock[1]))
+    return statistics.median(ratios)
+
+
 def matmul_rate(device, dtype):
     """FLOP/s of one large square matrix product: the ceiling of this machine."""
     n = 8192 if device.type == "cuda" else 2048
@@ -131,10 +148,13 @@ def main():
     add = parser.add_argument
     add("--size", default="small", choices=list(SIZES))
     add("--repeats", type=int, default=5)
+    add("--late", type=int, default=1000, help="the chunk whose time is compared with that of the first behind a full window")
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     add("--out", default="runs/bench.json")
     args = parser.parse_args()
+    if min(args.repeats, args.late) < 1:
+        raise UserError("--repeats and --late must be at least 1")
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     teacher, student, vae, encoder, height, width = build(args.size, device, dtype)
@@ -159,6 +179,8 @@ def main():
         result["rows"][name] = {"first frame, ms": 1000 * first, "frames/s": FRAMES / whole, "passes": passes, "GFLOP": flops / 1e9,
                                 "share of the ceiling, %": 100 * flops / whole / ceiling}
     result["stages, ms"] = {stage: 1000 * statistics.median(lap[stage] for lap in laps) for stage in laps[0]}
+    result["late chunk"] = args.late
+    result["its time over that of the first behind a full window"] = endless(student, vae, text, seed(), (height, width), args.late)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out + ".tmp", "w") as file:
         json.dump(result, file, indent=1)
@@ -175,7 +197,9 @@ def table(result):
              "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cell(v) for v in row.values()) + " |" for name, row in result["rows"].items()]
     lines += ["", "| of a chunk of the student | ms |", "|---|---|"]
-    return "\n".join(lines + [f"| {stage} | {cell(v)} |" for stage, v in result["stages, ms"].items()])
+    lines += [f"| {stage} | {cell(v)} |" for stage, v in result["stages, ms"].items()]
+    ratio = result["its time over that of the first behind a full window"]
+    return "\n".join(lines + ["", f"chunk {result['late chunk']:,} costs {ratio:.2f} times what the first chunks behind a full window cost"])
 
 
 if __name__ == "__main__":

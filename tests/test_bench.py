@@ -35,8 +35,14 @@ def test_passes_and_operations_are_counted():
 def test_the_command_prints_the_table_of_its_json(command_line, monkeypatch):
     monkeypatch.setattr(bench, "FRAMES", 9)
     monkeypatch.setattr(bench, "TEACHER_STEPS", 2)
-    status, out, err = command_line(bench, "--repeats", 1, "--device", "cpu", "--out", "bench.json")
+    status, out, err = command_line(bench, "--repeats", 1, "--late", 6, "--device", "cpu", "--out", "bench.json")
     assert status == 0, err
     result = json.load(open("bench.json"))
     assert bench.table(result) in out and len(result["rows"]) == 3 and len(result["stages, ms"]) == 4
     assert result["matmul GFLOP/s"] > 0 and result["rows"]["teacher, 2 steps, guided"]["passes"] == 2
+    assert "chunk 6 costs" in out
+
+
+def test_no_turns_at_all_are_refused(command_line):
+    status, _, err = command_line(bench, "--late", 0)
+    assert status == 2 and "--late must be at least 1" in err
