@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 import sample
-from data import sample_clips
-from model import DiT, ModelConfig, save_model
+from data import BOUNCE, CLOCKWISE, PULSE, RISE, SLIDE, sample_clips
+from evaluate import fit_motions, recover
+from model import DiT, ModelConfig, load_model, save_model
 from sample import pieces, remember_chunk, solve_ode, stream
-from text import TextEncoder
+from text import TextEncoder, load_text_encoder
 from training import WEIGHTS, save_weights
-from vae import VAE, VAEConfig
+from vae import VAE, VAEConfig, load_vae
 
 ROOT = os.path.dirname(WEIGHTS)
 PROMPT = "a red circle bouncing on a black background"
@@ -215,6 +217,68 @@ def test_each_video_of_a_batch_is_what_it_is_alone():
     both = torch.cat([next(both)[0] for _ in range(3)], dim=1)
     for row, seed in zip(both, (3, 4)):
         assert (row - steered(3, seed)[0][0]).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """Streams with the shipped weights, and their truth as `evaluate.recover` finds it: (prompts, chunks, **steering) -> (video, Recovered)."""
+    encoder, model, vae = load_text_encoder(), load_model(os.path.join(WEIGHTS, "student.safetensors")), load_vae()
+
+    def make(text, chunks=7, **steering):
+        texts = [encoder(prompts) for prompts in text]
+        change = steering.pop("change", None)
+        steering["text"] = texts[0] if change is None else lambda frames: texts[frames >= change]
+        made = itertools.islice(stream(model, vae, generator=torch.Generator().manual_seed(0), **steering), chunks)
+        video = torch.cat([video for _, video in made], dim=1)
+        return video, recover(video)
+    return make
+
+
+def some_clips(motions, colour=0, count=2):
+    """`count` clips of each of the motions, all of one colour on black."""
+    every = sample_clips(4000, torch.Generator().manual_seed(5))
+    every = every[(every.background == 0) & (every.shape == 1)]
+    clips = every[torch.cat([torch.nonzero(every.motion == m)[:count, 0] for m in motions])]
+    return replace(clips, colour=torch.full_like(clips.colour, colour))
+
+
+def farthest(found, x, y):
+    """How far the recovered tracks lie from the tracks (x, y): the mean over frames and clips in pixels."""
+    return ((found.x - x).square() + (found.y - y).square()).sqrt().mean().item()
+
+
+def test_the_object_of_an_image_is_kept_and_moves_as_the_prompt_says(shipped):
+    clips = some_clips([SLIDE, RISE, PULSE], colour=2)
+    image = clips.render(0, 1)[:, 0]
+    video, found = shipped([clips.prompts()], image=image)
+    shown = recover(image[:, None])
+    assert (found.x[:, 0] - shown.x[:, 0]).abs().max() < 0.5 and (found.y[:, 0] - shown.y[:, 0]).abs().max() < 0.5
+    for name in ("colour", "shape", "background"):
+        assert (getattr(found, name) == getattr(shown, name)).float().mean() > 0.95
+    assert (fit_motions(found, clips.shape).argmin(1) == clips.motion).float().mean() > 0.7
+
+
+def test_between_the_strengths_the_motion_of_a_video_stays_and_the_colour_is_the_prompt_s(shipped):
+    clips = some_clips([SLIDE, RISE, CLOCKWISE, BOUNCE])
+    painted = replace(clips, colour=torch.full_like(clips.colour, 2), background=torch.full_like(clips.background, 2))
+    source = clips.render()
+    parts = source[:, :9], *source[:, 9:].split(12, dim=1)
+    x, y, _, _ = clips.track(torch.arange(81) / 16)
+    followed = shipped([painted.prompts()], video=iter(parts), strength=0.7)[1]
+    alone = shipped([painted.prompts()])[1]
+    assert (followed.colour == 2).float().mean() > 0.9 and (followed.background == 2).float().mean() > 0.9
+    assert farthest(followed, x, y) < 5 and farthest(alone, x, y) > 10
+
+
+def test_a_new_prompt_arrives_within_two_chunks_and_the_motion_goes_on(shipped):
+    before = some_clips([SLIDE, CLOCKWISE])
+    after = replace(before, colour=torch.full_like(before.colour, 2), background=torch.full_like(before.background, 2))
+    video, found = shipped([before.prompts(), after.prompts()], change=45)
+    assert (found.colour[:, :45] == 0).float().mean() > 0.95 and (found.background[:, :45] == 0).float().mean() > 0.95
+    assert (found.colour[:, 69:] == 2).float().mean() > 0.95 and (found.background[:, 69:] == 2).float().mean() > 0.95
+    leap = (found.x.diff(dim=1).square() + found.y.diff(dim=1).square()).sqrt()
+    assert leap[:, 42:54].amax() < 4                                      # pixels from frame to frame across the change
+    assert (fit_motions(found, before.shape).argmin(1) == before.motion).float().mean() > 0.7
 
 
 def test_steering_from_the_command_line(tiny, command_line, tmp_path):
