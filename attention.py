@@ -60,16 +60,14 @@ def rope_angles(head_dim, frames, height, width, start=0, device=None):
 
 
 def rope_table(angles, dtype):
-    """cos and sin of angles [L, d/2] as (L, 1, d/2) each, in float64 for float64 activations and float32 otherwise."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    """Unit complex numbers e^(i angle) of angles [L, d/2] as [L, 1, d/2], of double precision for float64 activations."""
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex128 if dtype == torch.float64 else torch.complex64)[:, None]
 
 
 def rotate(x, table):
-    """Turn the channel pairs (x_2i, x_2i+1) of x [B, L, H, d] by the angles of `table`: RoPE. Keeps the dtype of x."""
-    cos, sin = table
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    """RoPE: turn each channel pair of x [B, L, H, d], as a complex number x_2i + i x_2i+1, by the angles of `table`. Keeps the dtype of x."""
+    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
