@@ -81,11 +81,12 @@ class KVCache:
     the stream is.
     """
 
-    def __init__(self, layers, batch, chunk, window, height, width, heads, head_dim, device=None, dtype=torch.float32):
-        """chunk: latent frames a chunk; window: chunks attended to, the chunk in the making included; height, width: tokens."""
+    def __init__(self, layers, batch, chunk, window, height, width, heads, head_dim, device=None, dtype=torch.float32, ahead=1):
+        """chunk: latent frames a chunk; window: chunks attended to, the chunk in the making included; height, width: tokens.
+        ahead: how many chunks can be in the making at once (speculative sampling)."""
         self.chunk, self.window, self.tokens, self.head_dim = chunk, window, height * width, head_dim
         self.frames = 0                                            # latent frames of the past held now
-        shape = (layers, batch, window * chunk * self.tokens, heads, head_dim)
+        shape = (layers, batch, (window - 1 + ahead) * chunk * self.tokens, heads, head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
     def put(self, layer, k, v):

@@ -1,7 +1,8 @@
 """The shapes world: an endless supply of captioned video whose truth is known.
 
 64 x 64 pixels, 16 frames/s. One soft-edged shape moves on a plain background, and the prompt says which:
-"a red circle bouncing on a black background". Everything is drawn in torch, in a batch, on any device.
+"a red circle bouncing on a black background". In the action world, at the end, a player moves it. Everything is drawn in torch,
+in a batch, on any device.
 
     python data.py          draws a sheet of samples to shapes.png
 """
@@ -160,6 +161,64 @@ def sample_clips(count, generator, split="train"):
     period = torch.where(is_(SPIN), uniform(2.5, 4.0), uniform(1.8, 3.0))
     rate = torch.where(is_(BOUNCE), uniform(18, 30), 2 * math.pi / period * torch.where(is_(SPIN), sign, 1.0))
     return Clips(colour, shape, motion, background, radius, x, y, reach, torch.where(is_(BOUNCE), slant, phase), rate)
+
+
+# --------------------------------------------------------------------------------------------------- the action world
+ACTIONS = {"none": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
+STEP = 2.0                                    # pixels that an action moves the shape by
+
+
+@dataclass
+class Walks:
+    """B walks by their truth, in the action world of Next-Frame Diffusion: looks and start [B], actions [B, F]. Action f leads to
+    frame f; it moves the shape by STEP, and the walls stop it."""
+    colour: torch.Tensor        # index into COLOURS
+    shape: torch.Tensor         # index into SHAPES
+    background: torch.Tensor    # index into BACKGROUNDS
+    radius: torch.Tensor        # pixels
+    x: torch.Tensor             # pixels, before the first action
+    y: torch.Tensor
+    actions: torch.Tensor       # index into ACTIONS
+
+    def __len__(self):
+        return len(self.colour)
+
+    def __getitem__(self, index):
+        return Walks(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def prompts(self):
+        """What the walks look like: "a red circle on a black background"."""
+        names = [list(table) for table in (COLOURS, SHAPES, BACKGROUNDS)]
+        rows = zip(self.colour.tolist(), self.shape.tolist(), self.background.tolist())
+        return [f"a {names[0][c]} {names[1][s]} on a {names[2][b]} background".replace("a orange", "an orange") for c, s, b in rows]
+
+    def track(self):
+        """Where the shape is: x, y [B, F] in pixels."""
+        wall = (self.radius * REACH + 1)[:, None]
+        at, places = torch.stack([self.x, self.y], dim=-1), []
+        for move in (STEP * torch.tensor(list(ACTIONS.values()), dtype=at.dtype))[self.actions].unbind(1):
+            at = torch.minimum(torch.maximum(at + move, wall), SIZE - wall)
+            places.append(at)
+        return torch.stack(places, dim=1).unbind(-1)
+
+    def render(self):
+        """Draw the walks: video [B, F, 3, 64, 64] in [-1, 1]."""
+        x, y = self.track()
+        return draw(self.colour, self.shape, self.background, x, y, self.radius[:, None].expand_as(x), torch.zeros_like(x))
+
+
+def sample_walks(count, frames, generator):
+    """Draw `count` random walks of `frames` frames. An action is held for a while: each walk has a rate of its own, from a new draw at
+    every frame to one in 32. The first action is none: nothing comes before the first frame."""
+    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
+    pick = lambda table, *more: torch.randint(len(table), (count, *more), generator=generator)
+    radius = uniform(10, 15)
+    room = SIZE / 2 - REACH * radius - 1
+    change = torch.rand(count, frames, generator=generator) < 2 ** uniform(-5, 0)[:, None]
+    held = torch.where(change, torch.arange(frames), 0).cummax(dim=1).values               # the frame at which its action was drawn
+    actions = pick(ACTIONS, frames).gather(1, held)
+    actions[:, 0] = 0
+    return Walks(pick(COLOURS), pick(SHAPES), pick(BACKGROUNDS), radius, SIZE / 2 + room * uniform(-1, 1), SIZE / 2 + room * uniform(-1, 1), actions)
 
 
 def save_sheet(video, path, columns=8):

@@ -86,6 +86,7 @@ class ModelConfig:
     shift: float = 5.0          # timestep shift that the model was trained with and samples with
     chunk: int = 3              # k, latent frames a chunk when used causally
     window: int = 4             # W, chunks that a chunk sees when used causally, itself included
+    num_actions: int = 0        # actions that lead from frame to frame (NFD); 0: a text-to-video model
 
 
 class Block(nn.Module):
@@ -148,6 +149,9 @@ class DiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        if c.num_actions:
+            self.action_embedding = nn.Embedding(c.num_actions, c.dim)
+            nn.init.normal_(self.action_embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
         for module in self.modules():
@@ -165,30 +169,35 @@ class DiT(nn.Module):
         text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
         return [block.cross_attn.keys(text) for block in self.blocks]
 
-    def new_cache(self, batch, height, width, chunk=None, window=None):
-        """An empty KVCache for latents of height x width; chunk and window default to the config's."""
+    def new_cache(self, batch, height, width, chunk=None, window=None, ahead=1):
+        """An empty KVCache for latents of height x width; chunk and window default to the config's. ahead: see there."""
         c, weight = self.config, self.patch_embedding.weight
         return KVCache(c.num_layers, batch, chunk or c.chunk, window or c.window, height // c.patch_size[1],
-                       width // c.patch_size[2], c.num_heads, c.dim // c.num_heads, weight.device, weight.dtype)
+                       width // c.patch_size[2], c.num_heads, c.dim // c.num_heads, weight.device, weight.dtype, ahead)
 
-    def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None):
+    def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None, actions=None):
         """Predict v for noisy latents.
 
         x_t [B, T, C, h, w]; t [B, T] in [0, 1], one per latent frame; text [B, S, text_dim], or what `text_keys` made of it.
         chunk=None: bidirectional over all that is given. chunk=k: block-causal, chunks of k latent frames, of which each
         sees itself and the window - 1 before it (None: all). cache: the new chunks come after the cache's past, whose keys they see.
-        -> v, shaped as x_t. Raises ValueError for latents that do not split into patches.
+        actions [B, T]: the action that leads to each frame, for a model that has actions.
+        -> v, shaped as x_t. Raises ValueError for latents that do not split into patches, and for actions where there are none.
         """
         B, T, C, h, w = x_t.shape
         (pt, ph, pw), c = self.config.patch_size, self.config
         if C != c.in_dim or T % pt or h % ph or w % pw:
             raise ValueError(f"latents {tuple(x_t.shape)} need {c.in_dim} channels and sides divisible by the patch {c.patch_size}")
+        if (actions is None) != (c.num_actions == 0):
+            raise ValueError(f"a model with {c.num_actions} actions needs " + ("actions" if c.num_actions else "none"))
         grid = (T // pt, h // ph, w // pw)
         # patches, flattened as the convolution's weight is: one matrix product
         x = x_t.reshape(B, grid[0], pt, C, grid[1], ph, grid[2], pw).permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(B, math.prod(grid), -1)
         x = nn.functional.linear(x.to(self.patch_embedding.weight.dtype), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
         time = self.time_embedding(sinusoidal_embedding(t[:, ::pt] * 1000, c.freq_dim).to(x.dtype))                 # [B, T, D]
+        if actions is not None:
+            time = time + self.action_embedding(actions[:, ::pt])        # NFD: the action that leads to the frame
         modulation = self.time_projection(time).unflatten(-1, (6, c.dim))                                # [B, T, 6, D]
         keys = self.text_keys(text) if torch.is_tensor(text) else text
         start = cache.frames if cache is not None else 0

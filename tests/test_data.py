@@ -2,8 +2,8 @@ import math
 
 import torch
 
-from data import (BOUNCE, CLOCKWISE, COLOURS, COUNTER, FPS, FRAMES, MOTIONS, PULSE, REACH, RISE, SHAPES, SIZE, SLIDE, SPIN, STILL,
-                  combinations, sample_clips)
+from data import (ACTIONS, BOUNCE, CLOCKWISE, COLOURS, COUNTER, FPS, FRAMES, MOTIONS, PULSE, REACH, RISE, SHAPES, SIZE, SLIDE, SPIN, STEP,
+                  STILL, combinations, sample_clips, sample_walks)
 
 
 def clips(count=400, split="all", seed=0):
@@ -85,3 +85,29 @@ def test_prompts_name_every_attribute_in_every_wording():
         assert any(words in prompt for words in list(MOTIONS.values())[motion])
     assert "an orange" in " ".join(c.prompts()) and "a orange" not in " ".join(c.prompts(generator))
     assert len(set(clips(1).prompts(generator)[0] for _ in range(40))) > 5                    # several wordings
+
+
+# --------------------------------------------------------------------------------------------------- the action world
+def test_each_action_moves_the_shape_by_a_step_and_walls_stop_it():
+    walks = sample_walks(200, 60, torch.Generator().manual_seed(0))
+    x, y = walks.track()
+    wall = (walks.radius * REACH + 1)[:, None]
+    assert ((x >= wall - 1e-4) & (x <= SIZE - wall + 1e-4) & (y >= wall - 1e-4) & (y <= SIZE - wall + 1e-4)).all()
+    moves = torch.tensor(list(ACTIONS.values()))[walks.actions[:, 1:]] * STEP
+    for at, move in ((x, moves[..., 0]), (y, moves[..., 1])):
+        met = (at[:, :-1] + move < wall) | (at[:, :-1] + move > SIZE - wall)
+        assert torch.allclose(at.diff(dim=1)[~met], move[~met], atol=1e-4) and 0.02 < met.float().mean() < 0.5
+    assert (walks.actions[:, 0] == 0).all() and (torch.bincount(walks.actions.flatten()) > 1000).all()
+    held = (walks.actions.diff(dim=1) == 0).float().mean(1)
+    assert held.min() < 0.4 and held.max() > 0.95                                     # some change all the time, some hardly ever
+
+
+def test_walks_are_drawn_as_their_prompt_says_and_the_same_for_a_seed():
+    walks = sample_walks(3, 5, torch.Generator().manual_seed(1))
+    video = walks.render()
+    assert video.shape == (3, 5, 3, 64, 64) and torch.equal(video, sample_walks(3, 5, torch.Generator().manual_seed(1)).render())
+    front = torch.tensor(list(COLOURS.values()))[walks.colour] / 127.5 - 1
+    x, y = (v.long() for v in walks.track())
+    for b in range(3):
+        assert torch.allclose(video[b, 4, :, y[b, 4], x[b, 4]], front[b], atol=1e-4)
+        assert list(COLOURS)[walks.colour[b]] in walks[b:b + 1].prompts()[0]

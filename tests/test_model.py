@@ -79,6 +79,33 @@ def test_cache_equals_the_full_forward(T, k, W, dtype, tolerance, monkeypatch):
         assert (v - full[:, part]).abs().max() < tolerance
 
 
+def test_frames_ahead_that_are_dropped_leave_no_trace_in_the_cache(monkeypatch):
+    model, (x, t, text) = small_model(), clip(9)
+    full = masked_reference(model, x, t, text, 1, 3, monkeypatch)
+    cache, keys, start = model.new_cache(2, 4, 6, chunk=1, window=3, ahead=4), model.text_keys(text), 0
+    for kept, dropped in ((1, 3), (2, 2), (4, 0), (1, 0), (1, 3)):
+        made = torch.cat([x[:, start:start + kept], torch.randn(2, dropped, *x.shape[2:], dtype=x.dtype)], dim=1)
+        times = torch.cat([t[:, start:start + kept], torch.rand(2, dropped, dtype=x.dtype)], dim=1)
+        v = model(made, times, keys, chunk=1, window=3, cache=cache)[:, :kept]
+        assert (v - full[:, start:start + kept]).abs().max() < 1e-10
+        cache.commit(kept)
+        start += kept
+
+
+def test_an_action_reaches_its_frame_and_what_comes_after():
+    model, (x, t, text) = small_model(num_actions=3), clip(5)
+    actions = torch.tensor([[0, 1, 2, 0, 1], [1, 1, 0, 2, 2]])
+    before = model(x, t, text, chunk=1, actions=actions)
+    other = actions.clone()
+    other[:, 2] = 1
+    after = model(x, t, text, chunk=1, actions=other)
+    assert torch.equal(after[:, :2], before[:, :2]) and not any(torch.allclose(after[:, f], before[:, f]) for f in (2, 3, 4))
+    with pytest.raises(ValueError, match="needs actions"):
+        model(x, t, text, chunk=1)
+    with pytest.raises(ValueError, match="needs none"):
+        small_model()(x, t, text, chunk=1, actions=actions)
+
+
 def test_times_are_per_frame():
     model, (x, t, text) = small_model(), clip(4)
     t2 = t.clone()
