@@ -94,7 +94,7 @@ def stages(model, vae, encoder, latent_shape, device):
     for _ in range(c.window):                                             # the last of these has all the window before it
         x = normal(shape, generator).to(device)
         lap()
-        x0 = denoise_chunk(model, x, times, keys, cache, generator)
+        x0 = denoise_chunk(model, x, times, keys, cache, lambda shape: normal(shape, generator).to(device))
         spent["denoise, 4 passes"] = lap()
         remember_chunk(model, x0, keys, cache)
         spent["clean pass into the cache"] = lap()

@@ -186,8 +186,11 @@ class Walks:
     def __getitem__(self, index):
         return Walks(*(getattr(self, f.name)[index] for f in fields(self)))
 
-    def prompts(self):
-        """What the walks look like: "a red circle on a black background"."""
+    def to(self, device):
+        return Walks(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def prompts(self, generator=None):
+        """What the walks look like: "a red circle on a black background". There is one wording: generator is there as for `Clips`."""
         names = [list(table) for table in (COLOURS, SHAPES, BACKGROUNDS)]
         rows = zip(self.colour.tolist(), self.shape.tolist(), self.background.tolist())
         return [f"a {names[0][c]} {names[1][s]} on a {names[2][b]} background".replace("a orange", "an orange") for c, s, b in rows]
@@ -196,7 +199,7 @@ class Walks:
         """Where the shape is: x, y [B, F] in pixels."""
         wall = (self.radius * REACH + 1)[:, None]
         at, places = torch.stack([self.x, self.y], dim=-1), []
-        for move in (STEP * torch.tensor(list(ACTIONS.values()), dtype=at.dtype))[self.actions].unbind(1):
+        for move in (STEP * torch.tensor(list(ACTIONS.values()), dtype=at.dtype, device=at.device))[self.actions].unbind(1):
             at = torch.minimum(torch.maximum(at + move, wall), SIZE - wall)
             places.append(at)
         return torch.stack(places, dim=1).unbind(-1)

@@ -8,9 +8,10 @@ import os
 import torch
 from torch.nn import functional as F
 
+from data import sample_clips
 from model import load_model, save_model
 from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
-from sample import GUIDANCE, denoise_chunk, guided_v, remember_chunk, with_null
+from sample import GUIDANCE, denoise_chunk, guided_v, normal, remember_chunk, with_null
 from teacher import LatentClips, flow_matching_loss
 from text import load_text_encoder
 from training import EMA, WEIGHTS, adamw, autocast, check_training, optimise, run_main, train, training_parser
@@ -55,9 +56,9 @@ def rollout(student, noise, text, generator):
     c, times = student.config, student.schedule.timesteps(STUDENT_STEPS)
     cache, keys = student.new_cache(len(noise), *noise.shape[-2:]), student.text_keys(text)
     stops = torch.randint(1, STUDENT_STEPS + 1, (-(-noise.shape[1] // c.chunk),), generator=generator).tolist()
-    x0_hat = []
+    x0_hat, more = [], lambda shape: normal(shape, generator).to(noise.device)
     for chunk, stop in zip(noise.split(c.chunk, dim=1), stops):
-        x0_hat.append(denoise_chunk(student, chunk, times, keys, cache, generator, stop=stop))
+        x0_hat.append(denoise_chunk(student, chunk, times, keys, cache, more, stop=stop))
         remember_chunk(student, x0_hat[-1], keys, cache)
     return torch.cat(x0_hat, dim=1)
 
@@ -83,7 +84,7 @@ def main():
     check_training(args)
     torch.manual_seed(args.seed)
     vae, encoder = load_vae(device=args.device), load_text_encoder(device=args.device)
-    data = LatentClips(vae, args.clips)
+    data = LatentClips(vae, sample_clips(args.clips, torch.Generator().manual_seed(0)))
     teacher = load_model(args.teacher, args.device).requires_grad_(False)
     fake = copy.deepcopy(teacher).requires_grad_(True).train()         # the online fake score starts as the teacher
     student = load_model(args.student, args.device).train()
@@ -98,7 +99,7 @@ def main():
             network.compile()
 
     def step(i, generator):
-        x0, prompts = data.batch(args.batch_size, data.latents.shape[1], generator, args.device)
+        x0, prompts, _ = data.batch(args.batch_size, data.latents.shape[1], generator, args.device)
         with torch.no_grad():
             text = encoder(prompts)
         update, numbers = i % args.fake_updates == 0, {}

@@ -6,6 +6,7 @@ the best match; `fit_motions` finds the motion by fitting the law of each to the
     python evaluate.py      samples the shipped teacher and student with held-out prompts and prints a table
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -16,8 +17,8 @@ from dataclasses import dataclass, fields
 import torch
 from tqdm import tqdm
 
-from data import (BACKGROUNDS, BOUNCE, CLOCKWISE, COLOURS, COUNTER, FPS, FRAMES, MOTIONS, PULSE, REACH, RISE, SHAPES, SIZE, SLIDE, SPIN,
-                  STILL, draw, sample_clips)
+from data import (ACTIONS, BACKGROUNDS, BOUNCE, CLOCKWISE, COLOURS, COUNTER, FPS, FRAMES, MOTIONS, PULSE, REACH, RISE, SHAPES, SIZE, SLIDE, SPIN,
+                  STEP, STILL, draw, sample_clips, sample_walks)
 from model import load_model
 from sample import GUIDANCE, TEACHER_STEPS, solve_ode, stream
 from text import load_text_encoder
@@ -164,11 +165,22 @@ LOST = 3.0                                   # pixels: a track farther than this
 SMALLEST = 4.0                               # pixels: a smaller radius is no shape (the data's smallest is 6.5)
 
 
+def contrast(found):
+    """How far each drawn frame is from its background, root mean square: [B, F]."""
+    return (found.video - BACKDROPS[found.background][..., None, None]).square().mean((-1, -2, -3)).sqrt().clamp(min=1e-2)
+
+
+def frame_quality(video, found):
+    """Of each frame, 0 to 1: 1 - |frame - drawn| / |drawn - background|, where drawn is the best match of `recover`: [B, F]."""
+    rest = (video.cpu() - found.video).square().mean((-1, -2, -3)).sqrt()
+    return (1 - rest / contrast(found)).clamp(min=0) * (found.radius >= SMALLEST)
+
+
 def measure(video, clips, found=None):
     """Measures, 0 to 100 each, of video [B, F, 3, 64, 64] made for the prompts of `clips`: name -> [B]. found: `recover(video)`, if known.
 
     text alignment: 100 where colour, shape, background and motion are all what the prompt says; and each attribute on its own.
-    frame quality: 100 (1 - |frame - drawn| / |drawn - background|), where drawn is the best match of `recover`; mean over frames.
+    frame quality: `frame_quality`, mean over frames.
     temporal quality: the mean of three: identity (frames that show the clip's own colour, shape and, but for a pulse, size), steadiness
     (no change from frame to frame that the drawn frames do not make) and track (how close the prompted motion's law is).
     """
@@ -180,17 +192,14 @@ def measure(video, clips, found=None):
     visible = found.radius >= SMALLEST                                                             # [B, F]
     right = {name: (seen[name] == getattr(clips, name)) & (name == "background" or visible.float().mean(1) > 0.5) for name in ATTRIBUTES}
 
-    norm = lambda v: v.square().mean((-1, -2, -3)).sqrt()                                          # [B, F]
-    rest = video.cpu() - found.video
-    contrast = norm(found.video - BACKDROPS[found.background][..., None, None]).clamp(min=1e-2)
-    frame = ((1 - norm(rest) / contrast).clamp(min=0) * visible).mean(1)
     typical = found.radius.median(1, keepdim=True).values
     same_size = ((found.radius / typical - 1).abs() < 0.15) | (clips.motion == PULSE)[:, None]
     identity = (visible & (found.shape == shape[:, None]) & (found.colour == colour[:, None]) & same_size).float().mean(1)
-    steady = (1 - norm(rest.diff(dim=1)) / contrast[:, 1:]).clamp(min=0).mean(1)
+    flicker = (video.cpu() - found.video).diff(dim=1).square().mean((-1, -2, -3)).sqrt()
+    steady = (1 - flicker / contrast(found)[:, 1:]).clamp(min=0).mean(1)
     track = 1 / (1 + error.gather(1, clips.motion[:, None])[:, 0] / 2.0 ** 2)                      # 50 at 2 pixels from the law
     result = {"text alignment": torch.stack(list(right.values())).all(0).float(), **{k: v.float() for k, v in right.items()},
-              "frame quality": frame, "temporal quality": (identity + steady + track) / 3,
+              "frame quality": frame_quality(video, found).mean(1), "temporal quality": (identity + steady + track) / 3,
               "identity": identity, "steadiness": steady, "track": track}
     return {k: 100 * v for k, v in result.items()}
 
@@ -276,6 +285,35 @@ def over_time(kind, model, vae, encoder, seconds=60, count=20, seed=0, batch=5, 
         cut = lambda first: Recovered(*(getattr(found, f.name)[:, first:first + width] for f in fields(found)))
         windows.append([measure(video[:, first:first + width], part, cut(first)) for first in range(0, seconds * FPS - width + 1, FPS)])
     return {key: [torch.cat([w[i][key] for w in windows]).mean().item() for i in range(len(windows[0]))] for key in windows[0][0]}
+
+
+# -------------------------------------------------------------------------------------------------- the action world
+def actions_obeyed(found, actions):
+    """Which frames after the first show what their action says, walls included: bool [B, F - 1] for actions [B, F].
+
+    Within half a step of where the action takes the shape from where it was in the frame before."""
+    wall = found.radius.median(1, keepdim=True).values * REACH + 1
+    right = found.radius[:, 1:] >= SMALLEST
+    for at, move in zip((found.x, found.y), (STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]).unbind(-1)):
+        goal = torch.minimum(torch.maximum(at[:, :-1] + move, wall), SIZE - wall)
+        right = right & ((at[:, 1:] - goal).abs() < STEP / 2)
+    return right
+
+
+def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=None, seed=1):
+    """Stream random walks of the action world frame by frame -> (video [B, F, 3, 64, 64], measures name -> 0 .. 100).
+
+    action accuracy, frame quality and looks (frames with the prompt's colour, shape and background), each also of the last 10 seconds."""
+    generator = torch.Generator().manual_seed(seed)
+    walks = sample_walks(count, frames, generator)
+    text = encoder(walks.prompts())
+    source = stream(model, vae, text, generator, steps, guidance=guidance, actions=lambda made: walks.actions[:, made:made + 1].to(text.device))
+    video = torch.cat([video.cpu() for _, video in itertools.islice(source, frames)], dim=1)
+    found = recover(video)
+    looks = torch.stack([getattr(found, name) == getattr(walks, name)[:, None] for name in ("colour", "shape", "background")]).all(0)
+    measured = {"action accuracy": actions_obeyed(found, walks.actions), "frame quality": frame_quality(video, found), "looks": looks}
+    return video, {name + part: 100 * value.float()[:, span].mean().item() for part, span in
+                   (("", slice(None)), (", last 10 s", slice(-10 * FPS, None))) for name, value in measured.items()}
 
 
 COLUMNS = ("text alignment", *ATTRIBUTES, "frame quality", "temporal quality", "diversity")

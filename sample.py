@@ -34,36 +34,39 @@ def normal(shape, generator):
     return torch.randn(shape, generator=generator)
 
 
-def denoise_chunk(model, x, times, keys, cache, generator, guidance=None, stop=None):
+def denoise_chunk(model, x, times, keys, cache, noise, guidance=None, stop=None, actions=None):
     """One chunk of Algorithm 2: from noise x [B, k, C, h, w] at the few-step times [N + 1], which end in 0, to x0, the chunk's latents.
 
-    guidance: solve the ODE with classifier-free guidance instead, in many steps (the causal many-step teacher); keys and cache are
-    then for 2 B, the prompts and as many null prompts. stop: end after so many steps, only the last with gradient (Self Forcing).
+    noise(shape): draws the noise between the steps. actions: as for `DiT.forward`. guidance: solve the ODE instead, in many steps (the
+    causal many-step teacher), with classifier-free guidance; unless it is 1, keys and cache are then for 2 B, the prompts and as many
+    null prompts. stop: end after so many steps, only the last with gradient (Self Forcing).
     """
     schedule, last, trained = model.schedule, len(times) - 2 if stop is None else stop - 1, torch.is_grad_enabled()
-    attention = dict(chunk=cache.chunk, window=cache.window, cache=cache)
+    attention = dict(chunk=cache.chunk, window=cache.window, cache=cache, actions=actions)
     for step, (t, r) in enumerate(zip(times[:last + 1], times[1:])):
         at = torch.full(x.shape[:2], float(t), device=x.device)
         with torch.set_grad_enabled(trained and step == last):
             if guidance is not None:
-                x = schedule.step(x, guided_v(model, x, at, keys, guidance, **attention), t, r)
+                v = model(x, at, keys, **attention) if guidance == 1 else guided_v(model, x, at, keys, guidance, **attention)
+                x = schedule.step(x, v, t, r)
                 continue
             x = schedule.x0(x, model(x, at, keys, **attention), t)
             if step < last:
-                x = schedule.add_noise(x, normal(x.shape, generator).to(x.device), r)      # re-noise to the next time
+                x = schedule.add_noise(x, noise(x.shape), r)                               # re-noise to the next time
     return x
 
 
 @torch.no_grad()
-def remember_chunk(model, x0, keys, cache):
+def remember_chunk(model, x0, keys, cache, actions=None):
     """The end of Algorithm 2's loop: a finished chunk passes once more, clean, at t = 0, and leaves its keys and values in the cache."""
     x0 = x0.repeat(cache.k.shape[1] // len(x0), 1, 1, 1, 1)                   # under guidance the cache has the null prompts' half too
-    model(x0, torch.zeros(x0.shape[:2], device=x0.device), keys, chunk=cache.chunk, window=cache.window, cache=cache)
+    clean = torch.zeros(x0.shape[:2], device=x0.device)
+    model(x0, clean, keys, chunk=cache.chunk, window=cache.window, cache=cache, actions=actions)
     cache.commit(x0.shape[1])
 
 
 @torch.no_grad()
-def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE), guidance=None, image=None, video=None, strength=1.0):
+def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE), guidance=None, image=None, video=None, strength=1.0, actions=None):
     """Video in constant memory, without end: yields (latents [B, k, C, h, w], video [B, F, 3, H, W]) chunk by chunk.
 
     text: embedded prompts [B, S, text_dim], or a function from the number of frames made so far to them, asked before each
@@ -73,21 +76,23 @@ def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE),
     The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. size: (H, W). image [B, 3, H, W]: the first chunk is the image alone,
     clean. video: an iterator of `pieces`, one for each chunk; each is encoded, noised to t = strength, and denoised from
     there, and the stream ends with it. Strength 0 gives the autoencoder's reconstruction, 1 the stream without video.
+    actions: a function from the number of frames made so far to the actions [B, k] of the next chunk (NFD, where k = 1).
     """
     c, schedule, (h, w) = model.config, model.schedule, (side // 8 for side in size)
-    prompt = text if callable(text) else lambda frames: text
+    prompt, noise = text if callable(text) else lambda frames: text, lambda shape: normal(shape, generator).to(now.device)
     times, frames, shown, encoder_state, decoder_state = schedule.timesteps(steps), 0, None, {}, {}
     times = torch.cat([times.new_tensor([strength]), times[times < strength]])            # the student's times, from where the video is left
     while True:
         now = prompt(frames)
         if now is not shown:                                           # text keys and values: once for each prompt
-            keys, shown = model.text_keys(with_null(now) if guidance is not None else now), now
+            keys, shown = model.text_keys(now if guidance in (None, 1) else with_null(now)), now
         if frames == 0:
             cache = model.new_cache(len(keys[0][0]), h, w, window=window)
+        acts = actions(frames) if actions is not None else None
         if image is not None and frames == 0:
             x0 = vae.encode(image[:, None].to(now.device))
         else:
-            x = normal((len(now), c.chunk, c.in_dim, h, w), generator).to(now.device)
+            x = noise((len(now), c.chunk, c.in_dim, h, w))
             if video is not None:
                 piece = next(video, None)
                 if piece is None:
@@ -95,10 +100,10 @@ def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE),
                 missing = -(piece.shape[1] - (frames == 0)) % vae.config.time_stride       # the last piece may end within a latent frame
                 source = vae.encode(torch.cat([piece] + missing * [piece[:, -1:]], dim=1).to(now.device), encoder_state)
                 x = schedule.add_noise(source, x[:, :source.shape[1]], times[0])
-            x0 = denoise_chunk(model, x, times, keys, cache, generator, guidance)
+            x0 = denoise_chunk(model, x, times, keys, cache, noise, guidance, actions=acts)
         made = vae.decode(x0, decoder_state)
         yield x0, made[:, :piece.shape[1]] if video is not None else made
-        remember_chunk(model, x0, keys, cache)                         # after the viewer has seen it
+        remember_chunk(model, x0, keys, cache, acts)                   # after the viewer has seen it
         frames += made.shape[1]
 
 
@@ -192,7 +197,14 @@ def parse_args():
     if args.prompts:
         args.prompts = read_prompts(args.prompts)
     args.changes = _changes(args)
-    _check_out(args)
+    args.out = args.out or ("samples" if args.prompts else "sample.mp4")
+    if args.prompts:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    else:
+        check_out(args.out)
     args.weights = args.weights or os.path.join(WEIGHTS, "teacher.safetensors" if args.teacher else "student.safetensors")
     return args
 
@@ -213,20 +225,13 @@ def _changes(args):
     return sorted(changes.items())
 
 
-def _check_out(args):
-    """--out can be written to; with --prompts it is a folder, made if it is not there."""
-    args.out = args.out or ("samples" if args.prompts else "sample.mp4")
-    if args.prompts:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
-        return
-    if os.path.splitext(args.out)[1].lower() not in (".mp4", ".gif", ".png"):
-        raise UserError(f"--out {args.out} must end in .mp4, .gif or .png")
-    folder = os.path.dirname(args.out) or "."
-    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {args.out}: {folder} is not a folder that can be written to")
+def check_out(path):
+    """Raises UserError if `path` is no file that a video can be written to."""
+    if os.path.splitext(path)[1].lower() not in (".mp4", ".gif", ".png"):
+        raise UserError(f"--out {path} must end in .mp4, .gif or .png")
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: {folder} is not a folder that can be written to")
 
 
 def until_interrupted(chunks):

@@ -4,7 +4,8 @@ Only 2-D convolutions. A block sees its own frame and what the same block made o
 information flows forward in time only, and the state of a stream is one feature map a block. The first frame alone makes the
 first latent, every four frames after it the next one: F = 1 + 4 (T - 1).
 
-    python vae.py           trains it on the shapes world
+    python vae.py                   trains it on the shapes world
+    python vae.py --frame-wise      the one for Next-Frame Diffusion, which does not merge frames
 """
 import os
 from dataclasses import asdict, dataclass
@@ -189,10 +190,12 @@ def main():
     parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term beside the squared error")
     parser.add_argument("--decoder-only", action="store_true",
                         help="go on with the shipped decoder: latents, and all that was trained on them, stay as they are")
+    parser.add_argument("--frame-wise", action="store_true", help="one latent for each frame (NFD): an action shows in the next frame")
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
-    vae, averaged = (load_vae(device=args.device) if args.decoder_only else VAE().to(args.device) for _ in range(2))
+    name, config = ("vae_frame.safetensors", VAEConfig(time_stride=1)) if args.frame_wise else ("vae.safetensors", VAEConfig())
+    vae, averaged = (load_vae(os.path.join(WEIGHTS, name), args.device) if args.decoder_only else VAE(config).to(args.device) for _ in range(2))
     trained = vae.decoder if args.decoder_only else vae
     ema, optimizer = EMA(vae, 0.998), adamw(trained.parameters(), args.lr, betas=(0.9, 0.99))
 
@@ -225,7 +228,7 @@ def main():
         if not args.decoder_only:
             averaged.normalise(sample_clips(64, torch.Generator().manual_seed(2)).to(args.device).render(0, 33))
         quality = held_out_psnr(averaged)
-        path = os.path.join(args.out, "vae.safetensors")
+        path = os.path.join(args.out, name)
         save_weights(path, averaged.state_dict(), asdict(averaged.config), steps=args.steps, seconds=round(args.seconds),
                      quality=f"held-out PSNR {quality:.2f} dB")
         print(f"held-out PSNR {quality:.2f} dB; wrote {path}")

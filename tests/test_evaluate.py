@@ -6,8 +6,11 @@ import torch
 from torch.nn import functional as F
 
 import evaluate
-from data import sample_clips
-from evaluate import diversity, fixed_set, health, measure, recover, table
+from data import sample_clips, sample_walks
+from evaluate import actions_obeyed, diversity, fixed_set, frame_quality, health, measure, play_walks, recover, table
+from model import DiT, ModelConfig
+from text import TextEncoder
+from vae import VAE, VAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +122,24 @@ def test_over_time_measures_first_and_last_ten_seconds(command_line, tmp_path):
     assert status == 0 and "first 10 s" in out and "last 10 s" in out, err
     (row,) = json.load(open("time.json"))["rows"].values()
     assert len(row["frame quality"]) == 12                                # windows of 5 seconds, one a second, in 16
+
+
+# -------------------------------------------------------------------------------------------------- the action world
+def test_real_walks_obey_their_actions_and_others_do_not():
+    walks = sample_walks(12, 60, torch.Generator().manual_seed(0))
+    video = walks.render()
+    found = recover(video)
+    assert actions_obeyed(found, walks.actions).float().mean() > 0.99
+    others = actions_obeyed(found, walks.actions.roll(1, 0)).float().mean()
+    assert 0.1 < others < 0.5                                                     # one in five, and more where neither moves
+    late = actions_obeyed(found, walks.actions.roll(1, 1))                        # a delay of one frame shows where actions change
+    assert late.float().mean() < 0.9
+    assert frame_quality(video, found).mean() > 0.98 and frame_quality(video + 0.3 * torch.randn_like(video), found).mean() < 0.7
+
+
+def test_play_walks_measures_what_the_model_streams():
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1, chunk=1, num_actions=5)).eval()
+    video, measured = play_walks(model, VAE(VAEConfig(8, 1, 16, 16, 16)).eval().requires_grad_(False), TextEncoder().requires_grad_(False), count=2, frames=5, steps=1)
+    assert video.shape == (2, 5, 3, 64, 64)
+    assert set(measured) == {name + part for name in ("action accuracy", "frame quality", "looks") for part in ("", ", last 10 s")}

@@ -154,6 +154,12 @@ def test_solver_guides_from_the_null_prompt():
     assert torch.allclose(null, solve_ode(model, noise, torch.zeros_like(text), steps=4, guidance=1.0), atol=1e-5)
 
 
+def test_guidance_1_is_the_plain_ode_without_null_prompts():
+    model, vae, text = parts()
+    plain, doubled = (next(stream(model, vae, text, torch.Generator().manual_seed(0), steps=3, guidance=g))[0] for g in (1, 1 + 1e-9))
+    assert (plain - doubled).abs().max() < 1e-5
+
+
 # ------------------------------------------------------------------------------------------------------------- steering
 def steered(chunks=4, seed=0, **steering):
     model, vae, text = parts()

@@ -12,6 +12,7 @@ from training import WEIGHTS
 ROOT = os.path.dirname(WEIGHTS)
 SMALL = ("--steps", "3", "--out", "out", "--batch-size", "1")
 STAGES = [("vae.py", ["vae.safetensors"]), ("vae.py --decoder-only", ["vae.safetensors"]),
+          ("vae.py --frame-wise", ["vae_frame.safetensors"]),
           ("teacher.py --clips 16", ["teacher.safetensors", "text_encoder.safetensors"]),
           ("teacher.py --clips 16 --causal", ["causal_teacher.safetensors"]),
           ("ode_init.py --trajectories 16 --solver-steps 4", ["ode_init.safetensors"]),

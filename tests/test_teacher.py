@@ -19,8 +19,8 @@ def test_motions_that_are_hard_to_learn_are_drawn_more_often():
     data = object.__new__(LatentClips)                                                    # without a VAE: the draw is what is tested
     data.clips = sample_clips(2000, torch.Generator().manual_seed(0))
     data.latents = torch.zeros(2000, 21, 1, 1, 1)
-    x0, prompts = data.batch(20_000, 21, torch.Generator().manual_seed(0), "cpu")
-    assert x0.shape == (20_000, 21, 1, 1, 1)
+    x0, prompts, actions = data.batch(20_000, 21, torch.Generator().manual_seed(0), "cpu")
+    assert x0.shape == (20_000, 21, 1, 1, 1) and actions is None
     share = lambda *words: sum(any(word in prompt for word in words) for prompt in prompts) / len(prompts)
     expected = SHARES[data.clips.motion] / SHARES[data.clips.motion].sum()
     assert abs(share("bouncing") - expected[data.clips.motion == BOUNCE].sum()) < 0.02

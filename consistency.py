@@ -1,0 +1,90 @@
+"""Next-Frame Diffusion, stage 1: consistency distillation of the causal teacher of the action world into a few-step player.
+
+    python consistency.py           distils the shipped action teacher
+
+The consistency function f(x_t, t) is where the teacher's probability-flow ODE takes x_t in the end. All points of one path have the
+same end, so f must agree on neighbours, and f(x_0, 0) = x_0 ties it down. In discrete time: the path is one solver step long, on a
+grid. (The continuous-time limit needs forward-mode derivatives through attention and more care to stay stable; here the grid is cheap.)
+"""
+import copy
+import os
+
+import torch
+
+from data import sample_walks, save_sheet
+from evaluate import play_walks
+from model import load_model, save_model
+from teacher import LatentClips
+from text import load_text_encoder
+from training import EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, train, training_parser
+from vae import load_vae
+
+
+def consistency_loss(student, target, teacher, x0, level, times, text, generator, **attention):
+    """E || f(x_t, t) - f^-(x_r, r) ||^2, where r is the time after t and x_r is one step of the teacher's ODE from x_t.
+
+    x0 [B, T, C, h, w]; times [N + 1]: the solver's grid, from 1 to 0; level [B, T] in 0 .. N: where each frame is on it, independently;
+    level N is t = 0, clean context, at which f is the identity. f is the student, f^- its average `target`, both as x0 of the network's v:
+    at t = 0 that is x itself, the boundary condition.
+    """
+    schedule = student.schedule
+    t, r = times[level], times[(level + 1).clamp(max=len(times) - 1)]
+    x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0.device), t)
+    with torch.no_grad():
+        x_r = schedule.step(x_t, teacher(x_t, t, text, **attention).float(), t, r)
+        goal = schedule.x0(x_r, target(x_r, r, text, **attention).float(), r)
+    x0_hat = schedule.x0(x_t, student(x_t, t, text, **attention).float(), t)
+    # Pseudo-Huber: between squared and absolute error, so that the few paths that miss do not outweigh the rest
+    c = 0.03
+    return (((x0_hat - goal).square().mean((2, 3, 4)) + c * c).sqrt() - c).mean()
+
+
+def main():
+    parser = training_parser("Distil the action teacher into a few-step player.", 1000, 16, 5e-4, "runs/player")
+    parser.add_argument("--teacher", default=os.path.join(WEIGHTS, "action_teacher.safetensors"), help="weights to distil")
+    parser.add_argument("--grid", type=int, default=32, help="steps of the solver that the consistency function follows")
+    parser.add_argument("--clips", type=int, default=3072, help="walks in the training set")
+    args = parser.parse_args()
+    check_training(args)
+    torch.manual_seed(args.seed)
+    vae, encoder = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), load_text_encoder(device=args.device)
+    data = LatentClips(vae, sample_walks(args.clips, 48, torch.Generator().manual_seed(0)))
+    teacher = load_model(args.teacher, args.device).requires_grad_(False)
+    student, target, averaged = (copy.deepcopy(teacher) for _ in range(3))
+    student.requires_grad_(True).train()
+    times, c = teacher.schedule.timesteps(args.grid).float().to(args.device), teacher.config
+    ema, slow = EMA(student, 0.95), EMA(student, 0.998)                # f^-, and what is sampled from and shipped
+    optimizer = Muon(student.blocks.parameters(), student.parameters(), args.lr)
+
+    if args.compile:
+        for network in (student, target, teacher):
+            network.compile(dynamic=False)
+
+    def step(i, generator):
+        x0, prompts, actions = data.batch(args.batch_size, 24, generator, args.device)
+        level = torch.randint(args.grid, x0.shape[:2], generator=generator)
+        level[torch.rand(x0.shape[:2], generator=generator) < 0.25] = args.grid          # one frame in four is clean context
+        target.load_state_dict(ema.shadow)
+        with autocast(args):
+            loss = consistency_loss(student, target, teacher, x0, level.to(args.device), times, encoder(prompts).detach(), generator,
+                                    chunk=c.chunk, window=c.window, actions=actions)
+        norm = optimise(optimizer, loss)
+        ema.update(student, i)
+        slow.update(student, i)
+        return {"loss": loss, "grad": norm}
+
+    @torch.no_grad()
+    def sheet(path):
+        averaged.load_state_dict(slow.shadow)
+        video, measured = play_walks(averaged, vae, encoder, count=8, frames=33)
+        save_sheet(video, path)
+        return measured
+
+    if train(args, {"student": student, "ema": ema, "slow": slow, "optimizer": optimizer}, step, sheet):
+        path = os.path.join(args.out, "player.safetensors")
+        save_model(path, slow.shadow, c, stage="few-step player", steps=args.steps, seconds=round(args.seconds))
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)
