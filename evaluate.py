@@ -1,168 +1,31 @@
 """Measures of what a model makes, in a world whose truth is known: alignment with the text, quality of frames and of motion.
 
-Everything is recovered from the pixels alone. `recover` finds colour, background, shape and place in every frame by drawing
-the best match; `fit_motions` finds the motion by fitting the law of each to the track.
+Everything is recovered from the pixels alone (recover.py).
 
     python evaluate.py      samples the shipped teacher and student with held-out prompts and prints a table
 """
 import argparse
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from tqdm import tqdm
 
-from data import (ACTIONS, BACKGROUNDS, BOUNCE, CLOCKWISE, COLOURS, COUNTER, FPS, FRAMES, MOTIONS, PULSE, REACH, RISE, SHAPES, SIZE, SLIDE, SPIN,
-                  STEP, STILL, draw, sample_clips, sample_walks)
+from data import BACKGROUNDS, COLOURS, FPS, FRAMES, PULSE, SHAPES, SIZE, sample_clips, sample_walks
 from model import load_model
+from recover import BACKDROPS, SMALLEST, Recovered, actions_obeyed, fit_motions, mode, recover
 from sample import GUIDANCE, TEACHER_STEPS, solve_ode, stream
 from text import load_text_encoder
 from training import WEIGHTS, UserError, choose_device, hardware, run_main
 from vae import load_vae
 
-PALETTE = torch.tensor(list(COLOURS.values())) / 127.5 - 1                             # [8, 3]
-BACKDROPS = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1                       # [4, 3]
-
-
-# ------------------------------------------------------------------------------------------------ from pixels to truth
-@dataclass
-class Recovered:
-    """What B clips of F frames show. Indices into the tables of data.py; pixels and radians, as in `Clips.track`."""
-    colour: torch.Tensor        # [B, F], of each frame by itself
-    shape: torch.Tensor         # [B, F]
-    background: torch.Tensor    # [B, F]
-    x: torch.Tensor             # [B, F]
-    y: torch.Tensor             # [B, F]
-    radius: torch.Tensor        # [B, F]
-    angle: torch.Tensor         # [B, F], within one sector of the shape
-    video: torch.Tensor         # [B, F, 3, H, W], drawn from the above
-
-
-def mode(index, count):
-    """The most frequent value of index [B, F] in 0 .. count - 1: [B]."""
-    return torch.nn.functional.one_hot(index, count).sum(1).argmax(1)
-
-
-@torch.no_grad()
-def recover(video):
-    """Analysis by synthesis of each frame of video [B, F, 3, 64, 64] in [-1, 1] by itself -> Recovered."""
-    B, F = video.shape[:2]
-    frames = video.flatten(0, 1).float().cpu()                                                    # [N, 3, H, W]
-    border = torch.cat([frames[..., 0, :], frames[..., -1, :], frames[..., :, 0], frames[..., :, -1]], dim=-1)
-    background = torch.cdist(border.median(-1).values, BACKDROPS).argmin(1)
-    back = BACKDROPS[background][:, :, None, None]
-    # each pixel is back + cover (front - back): for each colour the best cover of each pixel, and what it leaves unexplained
-    best, colour = torch.full((len(frames),), math.inf), torch.zeros(len(frames), dtype=torch.long)
-    cover = torch.zeros(len(frames), SIZE, SIZE)
-    for index, front in enumerate(PALETTE):
-        axis = front[:, None, None] - back
-        c = (((frames - back) * axis).sum(1) / axis.square().sum(1)).clamp(0, 1)
-        error = (frames - back - c[:, None] * axis).square().sum((1, 2, 3))
-        better = error < best
-        best, colour = torch.where(better, error, best), torch.where(better, index, colour)
-        cover = torch.where(better[:, None, None], c, cover)
-    cover = ((cover - 0.1) / 0.8).clamp(0, 1)                                     # what is faint on all the ground is not the shape
-    grid, area = torch.arange(SIZE) + 0.5, cover.sum((1, 2)).clamp(min=1)
-    x, y = (cover * grid).sum((1, 2)) / area, (cover * grid[:, None]).sum((1, 2)) / area
-    dx, dy = grid - x[:, None, None], grid[:, None] - y[:, None, None]
-    rho, a = (dx * dx + dy * dy).sqrt(), torch.atan2(dx, -dy)
-
-    candidates = []
-    for index, (n, outer, inner, turn) in enumerate(SHAPES.values()):
-        radius = (area / (n * inner * math.sin(math.pi / n))).sqrt() / outer      # the area of a star with n points
-        # its tips lie where the n-th moment of the cover points
-        moment = cover * (rho / radius[:, None, None]).clamp(max=2 * outer) ** min(n, 6)
-        tips = torch.atan2((moment * torch.sin(n * a)).sum((1, 2)), (moment * torch.cos(n * a)).sum((1, 2))) / n
-        angle = torch.zeros_like(x) if index == 0 else tips + turn
-        angle = (angle + math.pi / n) % (2 * math.pi / n) - math.pi / n
-        shape = torch.full_like(colour, index)
-        drawn = draw(colour, shape, background, *(v[:, None] for v in (x, y, radius, angle)))[:, 0]
-        candidates.append((((drawn - frames) ** 2).sum((1, 2, 3)), shape, radius, angle, drawn))
-    errors, shapes, radii, angles, drawings = (torch.stack(c) for c in zip(*candidates))
-    best, n = errors.argmin(0), torch.arange(len(frames))
-    return Recovered(*(v.unflatten(0, (B, F)) for v in (colour, best, background, x, y, radii[best, n], angles[best, n], drawings[best, n])))
-
-
-# ---------------------------------------------------------------------------------------------------- laws of motion
-def _fit(z, basis, amplitude, least, most):
-    """Least squares of z [B, F] by basis [K, F, P], whose first function is 1, with the swing `amplitude(c [B, K, P])` held between
-    `least` and `most` [B, 1]: mean squared residual at the best of the K rates, [B]."""
-    c = torch.einsum("kpf,bf->bkp", torch.linalg.pinv(basis), z)
-    size = amplitude(c).clamp(min=1e-6)
-    c[..., 1:] *= (size.clamp(least, most) / size)[..., None]
-    swing = torch.einsum("kfp,bkp->bkf", basis[..., 1:], c[..., 1:])
-    rest = z[:, None] - swing
-    return (rest - rest.mean(-1, keepdim=True)).abs().square().mean(-1).amin(1)
-
-
-def _fit_reflected(z, wall, seconds):
-    """Straight motion of 6 to 29 pixels/s on one axis z [B, F] between the walls wall [B, 1] and 64 - wall: mean squared residual [B].
-
-    Searched on a grid of speeds and starting points, which is then made finer twice around the best."""
-    span = SIZE - 2 * wall[..., None]                                                            # [B, 1, 1]
-    fold = lambda u: wall[..., None, None] + span[..., None] - (u % (2 * span[..., None]) - span[..., None]).abs()
-    speed, start = torch.full((len(z), 1), 17.5), torch.full((len(z), 1), 0.5)      # start in units of 2 spans
-    for speeds, starts, reach in ((48, 40, 1.0), (9, 9, 1 / 24), (9, 9, 1 / 100)):
-        v = speed + 11.5 * reach * torch.linspace(-1, 1, speeds)                                 # [B, S]
-        u = start + 0.5 * reach * torch.linspace(-1, 1, starts)                                  # [B, U]
-        track = fold(2 * span[..., None] * u[:, None, :, None] + v[:, :, None, None] * seconds)  # [B, S, U, F]
-        error = (track - z[:, None, None]).square().mean(-1).flatten(1)
-        best = error.argmin(1, keepdim=True)
-        speed, start = v.gather(1, best // starts), u.gather(1, best % starts)
-    return error.amin(1)
-
-
-def fit_motions(found, shape):
-    """Fit the law of each motion to the recovered track: mean squared distance from it in pixels^2, [B, 8].
-
-    The distance is over place, radius and outline (radius times turn) together. A law's constants are free within the ranges of the
-    shapes world, so that standing still is no slow slide. shape [B]: the clips', since an outline repeats every 2 pi / n.
-    """
-    x, y, r = found.x, found.y, found.radius
-    seconds, size = torch.arange(x.shape[1]) / FPS, r.mean(1, keepdim=True)
-    points = torch.tensor([n for n, *_ in SHAPES.values()])[shape][:, None]
-    variance = lambda v: (v - v.mean(1, keepdim=True)).square().mean(1)
-    wrap = lambda angle: (angle + math.pi / points) % (2 * math.pi / points) - math.pi / points
-    outline = lambda turn: torch.where(shape == 0, 0.0, (size * wrap(found.angle - turn)).square().mean(1))
-    w = 2 * math.pi / torch.linspace(1.7, 3.2, 46)
-    wave = lambda sign: torch.exp(1j * sign * w[:, None] * seconds)
-    ones = torch.ones(len(w), len(seconds))
-    swing = torch.stack([ones, wave(1).real, wave(1).imag], dim=-1)
-    turning = lambda sign: torch.stack([ones + 0j, wave(sign)], dim=-1)
-    norm = lambda c: c[..., 1:].abs().square().sum(-1).sqrt()
-    room = SIZE / 2 - REACH * size - 1
-    reach = dict(least=0.6 * room.clamp(min=5), most=1.1 * room.clamp(min=5))
-    upright = outline(torch.zeros_like(size))
-
-    error = torch.zeros(len(x), len(MOTIONS))
-    error[:, STILL] = variance(x) + variance(y) + variance(r) + upright
-    error[:, SLIDE] = _fit(x, swing, norm, **reach) + variance(y) + variance(r) + upright
-    error[:, RISE] = _fit(y, swing, norm, **reach) + variance(x) + variance(r) + upright
-    for motion, sign in ((CLOCKWISE, 1), (COUNTER, -1)):
-        error[:, motion] = _fit(x + 1j * y, turning(sign), norm, **reach) + variance(r) + upright
-    wall = size * REACH + 1
-    error[:, BOUNCE] = _fit_reflected(x, wall, seconds) + _fit_reflected(y, wall, seconds) + variance(r) + upright
-    error[:, PULSE] = variance(x) + variance(y) + upright + _fit(r, swing, norm, 0.25 * size, 0.45 * size)
-    # spinning at rate w: the phase that is left, n (angle - w t), is constant; its circular mean is the start
-    rates = 2 * math.pi / torch.linspace(2.4, 4.1, 52)
-    rates = torch.cat([rates, -rates])[:, None]
-    start = torch.exp(1j * points[..., None] * (found.angle[:, None] - rates * seconds)).mean(-1, keepdim=True).angle() / points[..., None]
-    left = (found.angle[:, None] - rates * seconds - start)                                       # [B, rates, F]
-    left = (left + math.pi / points[..., None]) % (2 * math.pi / points[..., None]) - math.pi / points[..., None]
-    error[:, SPIN] = variance(x) + variance(y) + variance(r) + (size[..., None] * left).square().mean(-1).amin(1)
-    error[shape == 0, SPIN] = math.inf                                                            # a circle does not spin
-    return error
-
-
 # ------------------------------------------------------------------------------------------------------------ measures
 ATTRIBUTES = ("colour", "shape", "background", "motion")
 LOST = 3.0                                   # pixels: a track farther than this from every law has no motion that has a name
-SMALLEST = 4.0                               # pixels: a smaller radius is no shape (the data's smallest is 6.5)
 
 
 def contrast(found):
@@ -288,27 +151,16 @@ def over_time(kind, model, vae, encoder, seconds=60, count=20, seed=0, batch=5, 
 
 
 # -------------------------------------------------------------------------------------------------- the action world
-def actions_obeyed(found, actions):
-    """Which frames after the first show what their action says, walls included: bool [B, F - 1] for actions [B, F].
-
-    Within half a step of where the action takes the shape from where it was in the frame before."""
-    wall = found.radius.median(1, keepdim=True).values * REACH + 1
-    right = found.radius[:, 1:] >= SMALLEST
-    for at, move in zip((found.x, found.y), (STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]).unbind(-1)):
-        goal = torch.minimum(torch.maximum(at[:, :-1] + move, wall), SIZE - wall)
-        right = right & ((at[:, 1:] - goal).abs() < STEP / 2)
-    return right
-
-
-def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=None, seed=1):
-    """Stream random walks of the action world frame by frame -> (video [B, F, 3, 64, 64], measures name -> 0 .. 100).
+def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=None, seed=1, name=None):
+    """Stream random walks of the action world (NFD) frame by frame -> (video [B, F, 3, 64, 64], measures name -> 0 .. 100).
 
     action accuracy, frame quality and looks (frames with the prompt's colour, shape and background), each also of the last 10 seconds."""
     generator = torch.Generator().manual_seed(seed)
     walks = sample_walks(count, frames, generator)
     text = encoder(walks.prompts())
     source = stream(model, vae, text, generator, steps, guidance=guidance, actions=lambda made: walks.actions[:, made:made + 1].to(text.device))
-    video = torch.cat([video.cpu() for _, video in itertools.islice(source, frames)], dim=1)
+    bar = tqdm(itertools.islice(source, frames), total=frames, unit="frame", desc=name, disable=name is None)
+    video = torch.cat([video.cpu() for _, video in bar], dim=1)
     found = recover(video)
     looks = torch.stack([getattr(found, name) == getattr(walks, name)[:, None] for name in ("colour", "shape", "background")]).all(0)
     measured = {"action accuracy": actions_obeyed(found, walks.actions), "frame quality": frame_quality(video, found), "looks": looks}
@@ -316,13 +168,12 @@ def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=
                    (("", slice(None)), (", last 10 s", slice(-10 * FPS, None))) for name, value in measured.items()}
 
 
-COLUMNS = ("text alignment", *ATTRIBUTES, "frame quality", "temporal quality", "diversity")
-
-
 def table(rows):
     """Rows name -> measures as a markdown table."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{row[c]:.1f}" if c in row else "" for c in COLUMNS) + " |" for name, row in rows.items()])
+    hidden = ("identity", "steadiness", "track")                                                   # they make up the temporal quality
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row if column not in hidden))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{row[c]:.1f}" if c in row else "" for c in columns) + " |" for name, row in rows.items()])
 
 
 # Table 4 of the paper, and self-rollout: name, how it samples, its weights, and the command that trains them if they are not there;
@@ -373,7 +224,8 @@ def main():
     add("--ablation", action="store_true", help="the paper's Table 4 instead, after training what is missing")
     add("--train-options", default="", help='options for the trainings of --ablation, such as "--steps 600 --batch-size 8"')
     add("--over-time", action="store_true", help="measure over a long stream (the paper's Figure 8); with matplotlib also a picture")
-    add("--seconds", type=int, default=60, help="length of the stream of --over-time, 15 or more")
+    add("--play", action="store_true", help="the action world instead: the action teacher in 16 steps and the player in 4, over long streams")
+    add("--seconds", type=int, default=60, help="length of the streams of --over-time and --play, 15 or more")
     add("--clips", type=int, default=200)
     add("--split", default="held-out", choices=["held-out", "train"])
     add("--seed", type=int, default=0)
@@ -389,11 +241,17 @@ def main():
         for (_, _, path), (*_, command) in zip(jobs, ABLATION):
             if command and not os.path.exists(path):
                 train_missing(path, command, args.train_options.split())
-    vae, encoder = load_vae(device=device), load_text_encoder(device=device)
+    if args.play:
+        jobs = [(name, guidance, os.path.join(WEIGHTS, path)) for name, guidance, path in
+                (("action teacher, 16 steps", 1, "action_teacher.safetensors"), ("player, 4 steps", None, "player.safetensors"))]
+    vae, encoder = load_vae(*[os.path.join(WEIGHTS, "vae_frame.safetensors")] * args.play, device=device), load_text_encoder(device=device)
     models, rows = [load_model(path, device) for _, _, path in jobs], {}
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     for (name, kind, _), model in zip(jobs, models):
-        if args.over_time and kind != "teacher":
+        if args.play:
+            steps = 4 if kind is None else 16
+            rows[name] = play_walks(model, vae, encoder, min(args.clips, 20), args.seconds * FPS, steps, kind, args.seed, name)[1]
+        elif args.over_time and kind != "teacher":
             rows[name] = over_time(kind, model, vae, encoder, args.seconds, count=min(args.clips, 20), seed=args.seed, name=name)
         elif not args.over_time:
             rows[name] = evaluate(kind, model, vae, encoder, args.clips, args.split, args.seed, name=name)

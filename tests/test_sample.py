@@ -13,8 +13,8 @@ import torch
 
 import sample
 from data import BOUNCE, CLOCKWISE, PULSE, RISE, SLIDE, sample_clips
-from evaluate import fit_motions, recover
 from model import DiT, ModelConfig, load_model, save_model
+from recover import fit_motions, recover
 from sample import pieces, remember_chunk, solve_ode, stream
 from text import TextEncoder, load_text_encoder
 from training import WEIGHTS, save_weights
@@ -227,7 +227,7 @@ def test_each_video_of_a_batch_is_what_it_is_alone():
 
 @pytest.fixture(scope="module")
 def shipped():
-    """Streams with the shipped weights, and their truth as `evaluate.recover` finds it: (prompts, chunks, **steering) -> (video, Recovered)."""
+    """Streams with the shipped weights, and their truth as `recover` finds it: (prompts, chunks, **steering) -> (video, Recovered)."""
     encoder, model, vae = load_text_encoder(), load_model(os.path.join(WEIGHTS, "student.safetensors")), load_vae()
 
     def make(text, chunks=7, **steering):

@@ -1,0 +1,35 @@
+import torch
+
+from data import sample_clips, sample_walks
+from evaluate import frame_quality
+from recover import actions_obeyed, fit_motions, recover
+
+
+def test_recovery_finds_what_was_drawn():
+    clips = sample_clips(16, torch.Generator().manual_seed(0), "all")
+    video = clips.render()
+    found, (x, y, radius, _) = recover(video), clips.track(torch.arange(81) / 16)
+    for name in ("colour", "shape", "background"):
+        assert (getattr(found, name) == getattr(clips, name)[:, None]).all()
+    assert (found.x - x).abs().max() < 0.1 and (found.y - y).abs().max() < 0.1 and (found.radius - radius).abs().max() < 0.2
+    assert (found.video - video).abs().mean() < 0.003
+
+
+def test_the_law_of_the_right_motion_fits_best():
+    clips = sample_clips(48, torch.Generator().manual_seed(3), "all")
+    x, y, radius, angle = clips.track(torch.arange(81) / 16)
+    found = recover(clips.render())
+    error = fit_motions(found, clips.shape)
+    assert (error.argmin(1) == clips.motion).all() and error.amin(1).sqrt().max() < 1           # pixels from the law
+
+
+def test_real_walks_obey_their_actions_and_others_do_not():
+    walks = sample_walks(12, 60, torch.Generator().manual_seed(0))
+    video = walks.render()
+    found = recover(video)
+    assert actions_obeyed(found, walks.actions).float().mean() > 0.99
+    others = actions_obeyed(found, walks.actions.roll(1, 0)).float().mean()
+    assert 0.1 < others < 0.5                                                     # one in five, and more where neither moves
+    late = actions_obeyed(found, walks.actions.roll(1, 1))                        # a delay of one frame shows where actions change
+    assert late.float().mean() < 0.9
+    assert frame_quality(video, found).mean() > 0.98 and frame_quality(video + 0.3 * torch.randn_like(video), found).mean() < 0.7
