@@ -2,26 +2,28 @@
 
     python bench.py                       the shipped small models, in some five minutes
     python bench.py --size wan-1.3b       a large one with random weights, for a GPU
+    python bench.py --play                the action world: the teacher, the player, and speculative sampling
 
 Every time is the median of several, taken in turns, so that what else a machine does falls on all rows alike.
 """
 import argparse
+import functools
 import itertools
-import json
 import os
-import platform
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import FRAMES, SIZE
+from data import ACTIONS, FRAMES, SIZE
 from model import DiT, ModelConfig, load_model
+from play import Player
 from sample import TEACHER_STEPS, denoise_chunk, normal, remember_chunk, solve_ode, stream
 from text import TextConfig, TextEncoder, load_text_encoder
-from training import WEIGHTS, UserError, choose_device, choose_dtype, hardware, run_main
+from training import WEIGHTS, UserError, choose_device, choose_dtype, hardware, run_main, write_results
 from vae import VAE, VAEConfig, load_vae
 
 # transformer, height and width of the video
@@ -31,16 +33,20 @@ SIZES = {"small": (None, SIZE, SIZE),
 PROMPT = "a red circle bouncing on a black background"
 
 
-def build(size, device, dtype):
-    """(teacher, student, VAE, embedded prompt, height, width): the shipped ones for "small", else random ones of that size, where teacher
-    and student are one."""
+def build(size, device, dtype, play=False):
+    """(teacher, student, VAE, text encoder, height, width): the shipped ones for "small", else random ones of that size, where teacher
+    and student are one. play: those of the action world."""
     config, height, width = SIZES[size]
     if config is None:
-        teacher, student = (load_model(os.path.join(WEIGHTS, f"{name}.safetensors"), device).to(dtype) for name in ("teacher", "student"))
-        return teacher, student, load_vae(device=device).to(dtype), load_text_encoder(device=device), height, width
+        names = ("action_teacher", "player", "vae_frame") if play else ("teacher", "student", "vae")
+        teacher, student, vae = (os.path.join(WEIGHTS, f"{name}.safetensors") for name in names)
+        teacher, student = (load_model(path, device).to(dtype) for path in (teacher, student))
+        return teacher, student, load_vae(vae, device).to(dtype), load_text_encoder(device=device), height, width
     torch.manual_seed(0)
+    config, stride = (replace(config, chunk=1, num_actions=len(ACTIONS)), 1) if play else (config, 4)
     with torch.device(device):
-        model, vae, encoder = DiT(config).to(dtype).eval(), VAE(VAEConfig(latent_dim=config.in_dim)).to(dtype).eval(), TextEncoder(TextConfig(text_dim=config.text_dim))
+        model, vae = DiT(config).to(dtype).eval(), VAE(VAEConfig(latent_dim=config.in_dim, time_stride=stride)).to(dtype).eval()
+        encoder = TextEncoder(TextConfig(text_dim=config.text_dim))
     return model, model, vae, encoder, height, width
 
 
@@ -120,6 +126,13 @@ def endless(model, vae, text, generator, size, chunks, pairs=25):
     return statistics.median(ratios)
 
 
+def held_actions(frames, every, seed=0):
+    """A script of actions that changes every so many frames on average: [frames]."""
+    g = torch.Generator().manual_seed(seed)
+    turns = torch.randint(1, len(ACTIONS), (frames,), generator=g) * (torch.rand(frames, generator=g) < 1 / every)
+    return (turns.cumsum(0) % len(ACTIONS)).tolist()
+
+
 def matmul_rate(device, dtype):
     """FLOP/s of one large square matrix product: the ceiling of this machine."""
     n = 8192 if device.type == "cuda" else 2048
@@ -142,50 +155,84 @@ def count(model, chunks, frames, device):
     return len(passes), counter.get_total_flops()
 
 
+def play_rows(teacher, player, vae, encoder, size, device, repeats, frames):
+    """Frames/s in the action world, of the teacher and of the player with and without speculative sampling: name -> columns."""
+    text, generator = encoder(["a red circle on a black background"]), lambda: torch.Generator().manual_seed(0)
+
+    def many_steps():
+        script = torch.tensor([held_actions(frames, 16)], device=device)
+        made = stream(teacher, vae, text, generator(), 16, size=size, guidance=1, actions=lambda f: script[:, f:f + 1])
+        count = max(1, frames // 4)                                           # a quarter of them tells as much
+        return sum(video.shape[1] for _, video in itertools.islice(made, count)), 1.0, 0.0
+
+    def play(every, most):
+        world = Player(player, vae, text, generator(), most=most, size=size)
+        for action in held_actions(frames, every):
+            world.step(action)
+        return frames, world.made / world.blocks, 100 * world.dropped / world.made
+    rows = {"teacher, 16 steps": many_steps}
+    for every in (1, 4, 16, 64):
+        for how, most in (("", 1), (", speculative", 8)):
+            rows[f"player, 4 steps, the action changes every {every} frames{how}"] = functools.partial(play, every, most)
+    rates, told = {name: [] for name in rows}, {}
+    for turn in tqdm(range(repeats + 1), unit="turn"):                        # the first turn warms up
+        for name, row in rows.items():
+            started = now(device)
+            told[name] = row()
+            rates[name] += [told[name][0] / (now(device) - started)] if turn else []
+    return {name: {"frames/s": statistics.median(rates[name]), "frames a block": told[name][1], "dropped, %": told[name][2]} for name in rows}
+
+
+def stream_rows(teacher, student, vae, encoder, size, device, repeats, ceiling):
+    """First frame, frames/s and work of the teacher and the student on the same clip, name -> columns; and the student's stages."""
+    latent_shape = (1, 1 + (FRAMES - 1) // vae.config.time_stride, student.config.in_dim, *(side // 8 for side in size))
+    seed = lambda: torch.Generator().manual_seed(0)
+    rows = {f"teacher, {TEACHER_STEPS} steps, guided": (teacher, lambda: many_steps(teacher, vae, encoder([PROMPT]), seed(), latent_shape)),
+            "student, 4 steps, without cache": (student, lambda: without_cache(student, vae, encoder([PROMPT]), seed(), latent_shape)),
+            "student, 4 steps": (student, lambda: (video for _, video in stream(student, vae, encoder([PROMPT]), seed(), size=size)))}
+    times, laps = {name: [] for name in rows}, []
+    for turn in tqdm(range(repeats + 1), unit="turn"):                        # the first turn warms up
+        for name, (_, chunks) in rows.items():
+            measured = run(chunks(), FRAMES, device)
+            times[name] += [measured] if turn else []
+        laps += [stages(student, vae, encoder, latent_shape, device)] if turn else []
+    told = {}
+    for name, (model, chunks) in rows.items():
+        first, whole = (statistics.median(column) for column in zip(*times[name]))
+        passes, flops = count(model, chunks(), FRAMES, device)
+        told[name] = {"first frame, ms": 1000 * first, "frames/s": FRAMES / whole, "passes": passes, "GFLOP": flops / 1e9,
+                      "share of the ceiling, %": 100 * flops / whole / ceiling}
+    return told, {stage: 1000 * statistics.median(lap[stage] for lap in laps) for stage in laps[0]}
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description="Measure speed: teacher and student side by side, and each stage.")
     add = parser.add_argument
     add("--size", default="small", choices=list(SIZES))
+    add("--play", action="store_true", help="the action world instead: teacher, player, and speculative sampling")
     add("--repeats", type=int, default=5)
     add("--late", type=int, default=1000, help="the chunk whose time is compared with that of the first behind a full window")
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    add("--out", default="runs/bench.json")
+    add("--out", default="runs/bench", help="FILE: writes FILE.json and FILE.md")
     args = parser.parse_args()
     if min(args.repeats, args.late) < 1:
         raise UserError("--repeats and --late must be at least 1")
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    teacher, student, vae, encoder, height, width = build(args.size, device, dtype)
-    latent_shape = (1, 1 + (FRAMES - 1) // vae.config.time_stride, student.config.in_dim, height // 8, width // 8)
-    text, seed = encoder([PROMPT]), lambda: torch.Generator().manual_seed(0)
-    rows = {f"teacher, {TEACHER_STEPS} steps, guided": (teacher, lambda: many_steps(teacher, vae, encoder([PROMPT]), seed(), latent_shape)),
-            "student, 4 steps, without cache": (student, lambda: without_cache(student, vae, encoder([PROMPT]), seed(), latent_shape)),
-            "student, 4 steps": (student, lambda: (video for _, video in stream(student, vae, encoder([PROMPT]), seed(), size=(height, width))))}
-    times, laps, rates = {name: [] for name in rows}, [], []
-    for turn in tqdm(range(args.repeats + 1), unit="turn"):               # the first turn warms up
-        for name, (_, chunks) in rows.items():
-            measured = run(chunks(), FRAMES, device)
-            times[name] += [measured] if turn else []
-        laps += [stages(student, vae, encoder, latent_shape, device)] if turn else []
-        rates += [matmul_rate(device, dtype)] if turn else []
-    ceiling = statistics.median(rates)
-    result = {"size": args.size, "frames": FRAMES, "height": height, "width": width, "repeats": args.repeats, "dtype": str(dtype).split(".")[-1],
-              "hardware": hardware(), "processor": platform.processor(), "torch": torch.__version__, "matmul GFLOP/s": ceiling / 1e9, "rows": {}}
-    for name, (model, chunks) in rows.items():
-        first, whole = (statistics.median(column) for column in zip(*times[name]))
-        passes, flops = count(model, chunks(), FRAMES, device)
-        result["rows"][name] = {"first frame, ms": 1000 * first, "frames/s": FRAMES / whole, "passes": passes, "GFLOP": flops / 1e9,
-                                "share of the ceiling, %": 100 * flops / whole / ceiling}
-    result["stages, ms"] = {stage: 1000 * statistics.median(lap[stage] for lap in laps) for stage in laps[0]}
-    result["late chunk"] = args.late
-    result["its time over that of the first behind a full window"] = endless(student, vae, text, seed(), (height, width), args.late)
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with open(args.out + ".tmp", "w") as file:
-        json.dump(result, file, indent=1)
-    os.replace(args.out + ".tmp", args.out)
-    print(table(result), f"wrote {args.out}", sep="\n")
+    teacher, student, vae, encoder, *size = build(args.size, device, dtype, args.play)
+    ceiling = matmul_rate(device, dtype)
+    result = {"size": args.size, "frames": FRAMES, "height": size[0], "width": size[1], "repeats": args.repeats, "dtype": str(dtype).split(".")[-1],
+              "hardware": hardware(), "torch": torch.__version__, "matmul GFLOP/s": ceiling / 1e9}
+    if args.play:
+        result["rows"] = play_rows(teacher, student, vae, encoder, size, device, args.repeats, 2 * FRAMES)
+    else:
+        result["rows"], result["stages, ms"] = stream_rows(teacher, student, vae, encoder, size, device, args.repeats, ceiling)
+        result["late chunk"] = args.late
+        result["its time over that of the first behind a full window"] = \
+            endless(student, vae, encoder([PROMPT]), torch.Generator().manual_seed(0), size, args.late)
+    write_results(args.out, result, table(result))
 
 
 def table(result):
@@ -196,10 +243,12 @@ def table(result):
              f"one large matrix product runs at {result['matmul GFLOP/s']:,.0f} GFLOP/s", "",
              "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cell(v) for v in row.values()) + " |" for name, row in result["rows"].items()]
-    lines += ["", "| of a chunk of the student | ms |", "|---|---|"]
-    lines += [f"| {stage} | {cell(v)} |" for stage, v in result["stages, ms"].items()]
-    ratio = result["its time over that of the first behind a full window"]
-    return "\n".join(lines + ["", f"chunk {result['late chunk']:,} costs {ratio:.2f} times what the first chunks behind a full window cost"])
+    if "stages, ms" in result:
+        lines += ["", "| of a chunk of the student | ms |", "|---|---|"]
+        lines += [f"| {stage} | {cell(v)} |" for stage, v in result["stages, ms"].items()]
+        ratio = result["its time over that of the first behind a full window"]
+        lines += ["", f"chunk {result['late chunk']:,} costs {ratio:.2f} times what the first chunks behind a full window cost"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

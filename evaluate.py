@@ -6,7 +6,6 @@ Everything is recovered from the pixels alone (recover.py).
 """
 import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from model import load_model
 from recover import BACKDROPS, SMALLEST, Recovered, actions_obeyed, fit_motions, mode, recover
 from sample import GUIDANCE, TEACHER_STEPS, solve_ode, stream
 from text import load_text_encoder
-from training import WEIGHTS, UserError, choose_device, hardware, run_main
+from training import WEIGHTS, UserError, choose_device, run_main, write_results
 from vae import load_vae
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -246,7 +245,6 @@ def main():
                 (("action teacher, 16 steps", 1, "action_teacher.safetensors"), ("player, 4 steps", None, "player.safetensors"))]
     vae, encoder = load_vae(*[os.path.join(WEIGHTS, "vae_frame.safetensors")] * args.play, device=device), load_text_encoder(device=device)
     models, rows = [load_model(path, device) for _, _, path in jobs], {}
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     for (name, kind, _), model in zip(jobs, models):
         if args.play:
             steps = 4 if kind is None else 16
@@ -257,17 +255,12 @@ def main():
             rows[name] = evaluate(kind, model, vae, encoder, args.clips, args.split, args.seed, name=name)
     text = table({f"{name}, {part} 10 s": {k: sum(v[span]) / len(v[span]) for k, v in row.items()} for name, row in rows.items()
                   for part, span in (("first", slice(0, 6)), ("last", slice(-6, None)))} if args.over_time else rows)
-    origin = {"clips": args.clips, "split": args.split, "seed": args.seed, "hardware": hardware(), "torch": torch.__version__}
-    for suffix, content in ((".json", json.dumps(origin | {"rows": rows}, indent=1)), (".md", text)):
-        with open(args.out + suffix + ".tmp", "w") as file:
-            file.write(content + "\n")
-        os.replace(args.out + suffix + ".tmp", args.out + suffix)
+    write_results(args.out, {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}, text)
     if args.over_time:
         try:
             draw_over_time(rows, args.out + ".png")
         except ImportError:
             print("no picture without matplotlib: pip install matplotlib")
-    print(text, f"wrote {args.out}.json and {args.out}.md", sep="\n")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ class Player:
     an action stays. most=1: no speculation.
     """
 
-    def __init__(self, model, vae, text, generator, steps=4, most=8):
-        """text: the embedded looks of the world [1, S, text_dim]."""
-        side = SIZE // 8
+    @torch.no_grad()
+    def __init__(self, model, vae, text, generator, steps=4, most=8, size=(SIZE, SIZE)):
+        """text: the embedded looks of the world [1, S, text_dim]; size: (H, W)."""
+        h, w = (side // 8 for side in size)
         self.model, self.vae, self.generator, self.most = model, vae, generator, most
         self.keys, self.times = model.text_keys(text), model.schedule.timesteps(steps)
-        self.cache, self.shape = model.new_cache(1, side, side, ahead=most), (steps, model.config.in_dim, side, side)
+        self.cache, self.shape = model.new_cache(1, h, w, ahead=most), (steps, model.config.in_dim, h, w)
         self.action, self.holds = None, 0.5                 # the last action; how often one stayed, a running mean
         self.shown, self.ahead = [], []                     # latents [1, 1, C, h, w]: shown but not yet in the cache; made but not yet shown
         self.random, self.decoder_state = generator.get_state(), {}
@@ -277,7 +278,12 @@ def serve(player, device, dtype, port):
 
     def streamed(prompt):
         known = {}
-        text = lambda frames: known.setdefault(prompt(), encoder([prompt()]))
+
+        def text(frames):
+            now = prompt()
+            if now not in known:
+                known[now] = encoder([now])
+            return known[now]
         for _, video in stream(student, vae, text, torch.Generator().manual_seed(0)):
             yield from video[0]
     show = Show(player, streamed)

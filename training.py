@@ -69,12 +69,16 @@ def choose_dtype(name, device):
 
 
 # ------------------------------------------------------------------------------------------------------- weights files
+def provenance():
+    """Where a file comes from: command, commit, hardware and version of torch."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(WEIGHTS), capture_output=True, text=True).stdout.strip()
+    return {"command": " ".join(["python", os.path.basename(sys.argv[0])] + sys.argv[1:]), "commit": commit or "unknown",
+            "hardware": hardware(), "torch": torch.__version__}
+
+
 def save_weights(path, tensors, config, **origin):
     """Write tensors to a safetensors file in bf16, with the config as JSON and where they came from in the metadata."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(WEIGHTS),
-                            capture_output=True, text=True).stdout.strip()
-    metadata = {"config": json.dumps(config), "command": " ".join(["python", os.path.basename(sys.argv[0])] + sys.argv[1:]),
-                "commit": commit or "unknown", "hardware": hardware()} | {k: str(v) for k, v in origin.items()}
+    metadata = {"config": json.dumps(config)} | {k: str(v) for k, v in (provenance() | origin).items()}
     tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
     save_file(tensors, path + ".tmp", metadata)
     os.replace(path + ".tmp", path)
@@ -109,6 +113,20 @@ def hardware():
 
 
 # ------------------------------------------------------------------------------------------------------------ training
+def write_results(out, result, text):
+    """Print a table, and write what was measured to OUT.json and the table to OUT.md. Raises UserError if they cannot be written."""
+    print(text)
+    try:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        for suffix, content in ((".json", json.dumps(provenance() | result, indent=1)), (".md", text)):
+            with open(out + suffix + ".tmp", "w") as file:
+                file.write(content + "\n")
+            os.replace(out + suffix + ".tmp", out + suffix)
+    except OSError as error:
+        raise UserError(f"cannot write {out}.json and {out}.md: {error.strerror}") from None
+    print(f"wrote {out}.json and {out}.md")
+
+
 def training_parser(description, steps, batch_size, lr, out):
     """The flags that every training script has."""
     parser = argparse.ArgumentParser(description=description)

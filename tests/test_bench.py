@@ -35,12 +35,29 @@ def test_passes_and_operations_are_counted():
 def test_the_command_prints_the_table_of_its_json(command_line, monkeypatch):
     monkeypatch.setattr(bench, "FRAMES", 9)
     monkeypatch.setattr(bench, "TEACHER_STEPS", 2)
-    status, out, err = command_line(bench, "--repeats", 1, "--late", 6, "--device", "cpu", "--out", "bench.json")
+    status, out, err = command_line(bench, "--repeats", 1, "--late", 6, "--device", "cpu", "--out", "bench")
     assert status == 0, err
     result = json.load(open("bench.json"))
-    assert bench.table(result) in out and len(result["rows"]) == 3 and len(result["stages, ms"]) == 4
+    assert bench.table(result) in out and open("bench.md").read() in out and len(result["rows"]) == 3 and len(result["stages, ms"]) == 4
     assert result["matmul GFLOP/s"] > 0 and result["rows"]["teacher, 2 steps, guided"]["passes"] == 2
     assert "chunk 6 costs" in out
+
+
+def test_actions_change_as_often_as_they_should():
+    for every in (1, 4, 16):
+        actions = torch.tensor(bench.held_actions(4000, every))
+        assert abs((actions.diff() != 0).float().mean() - 1 / every) < 0.03
+
+
+def test_the_rows_of_the_action_world():
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1, chunk=1, num_actions=5)).eval()
+    vae = VAE(VAEConfig(8, 1, 16, 16, 16)).eval()
+    with torch.no_grad():
+        rows = bench.play_rows(model, model, vae, TextEncoder(), (64, 64), torch.device("cpu"), 1, 24)
+    assert len(rows) == 9 and all(row["frames/s"] > 0 for row in rows.values())
+    held, changed = (rows[f"player, 4 steps, the action changes every {n} frames, speculative"] for n in (64, 1))
+    assert held["frames a block"] > 1.5 and changed["frames a block"] == 1 and changed["dropped, %"] == 0
 
 
 def test_no_turns_at_all_are_refused(command_line):

@@ -1,4 +1,6 @@
+import glob
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -22,6 +24,12 @@ def test_every_function_in_the_paper_to_code_table_exists():
 def test_pictures_exist_and_are_small():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
     assert pictures and all(os.path.getsize(os.path.join(ROOT, path)) < 2 ** 20 for path in pictures)
+
+
+def test_tables_are_those_of_the_results():
+    tables = glob.glob(os.path.join(ROOT, "results", "*.md"))
+    assert tables and all(open(path).read().strip() in README for path in tables)
+    assert all({"command", "commit", "hardware", "torch", "rows"} <= set(json.load(open(path[:-3] + ".json"))) for path in tables)
 
 
 def test_ci_runs_the_test_command_of_the_readme():
