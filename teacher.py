@@ -22,7 +22,7 @@ from vae import load_vae
 
 
 # how often a motion is drawn, in the order of data.MOTIONS: a bounce and a spin take far longer to learn than standing still
-SHARES = torch.tensor([1.0, 2, 2, 4, 2, 2, 4, 1])
+SHARES = torch.tensor([1.0, 2, 2, 8, 2, 2, 12, 2])
 
 
 class LatentClips:
@@ -102,20 +102,21 @@ def main():
     ema, optimizer = EMA(both), Muon(model.blocks.parameters(), both.parameters(), args.lr)
 
     if args.compile:
-        model.compile(dynamic=False)                                   # a graph for images, a graph for clips
+        model.compile(dynamic=False)                                   # a graph for images, one for whole clips, one for short ones
 
     def step(i, generator):
-        # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them
-        images = i < 0.16 * args.steps and not args.causal
-        count, length = (16 * args.batch_size, 1) if images else (args.batch_size, frames)
+        # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them; then whole clips
+        # and, every other step, three times as many of a third of the length: what a shape does next shows in a few frames
+        images, short = i < 0.16 * args.steps and not args.causal, not causal and i % 2
+        count, length = (16 * args.batch_size, 1) if images else (3 * args.batch_size, frames // 3) if short else (args.batch_size, frames)
         x0, prompts, actions = data.batch(count, length, generator, args.device)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
         if causal:
             t = draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
         else:
             # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
-            # frame, so half of the clips get times of twice the shift
-            doubled = 1 if images else 1 + torch.randint(2, (count,), generator=generator)
+            # frame, so half of the whole clips get times of twice the shift
+            doubled = 1 if images or short else 1 + torch.randint(2, (count,), generator=generator)
             t = draw_times(count, replace(model.schedule, shift=model.config.shift * doubled), generator)[:, None].expand(-1, length)
         with autocast(args):
             text = encoder(prompts) * keep[:, None, None]
