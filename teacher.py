@@ -115,9 +115,9 @@ def main():
             t = draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
         else:
             # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
-            # frame, so half of the whole clips get times of twice the shift
-            doubled = 1 if images or short else 1 + torch.randint(2, (count,), generator=generator)
-            t = draw_times(count, replace(model.schedule, shift=model.config.shift * doubled), generator)[:, None].expand(-1, length)
+            # frame's colour, and how far a shape has turned nearer to 0; so a third of the clips get twice the shift, a third a quarter
+            scale = 1 if images else torch.tensor([0.25, 1.0, 2.0])[torch.randint(3, (count,), generator=generator)]
+            t = draw_times(count, replace(model.schedule, shift=model.config.shift * scale), generator)[:, None].expand(-1, length)
         with autocast(args):
             text = encoder(prompts) * keep[:, None, None]
             loss = flow_matching_loss(model, x0, t.to(args.device), text, generator, actions=actions, **attention)

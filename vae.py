@@ -174,7 +174,7 @@ def psnr(a, b):
     return -10 * torch.log10(((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).square().mean())
 
 
-def held_out_psnr(vae, count=24, batch=8, seed=1234):
+def held_out_psnr(vae, count=8, batch=8, seed=1234):
     """PSNR in dB of whole 81-frame held-out clips, reconstructed from the posterior mean (mean over clips)."""
     generator, device = torch.Generator().manual_seed(seed), vae.mean.device
     values = []
