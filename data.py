@@ -59,8 +59,21 @@ def combinations(split):
     return {"train": every[~held_out], "held-out": every[held_out], "all": every}[split]
 
 
+class Batch:
+    """A batch of truths, a dataclass whose every field is a tensor [B, ...]: its length, some of its rows, the same on a device."""
+
+    def __len__(self):
+        return len(self.colour)
+
+    def __getitem__(self, index):
+        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def to(self, device):
+        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
 @dataclass
-class Clips:
+class Clips(Batch):
     """B clips by their truth, each field [B]. Pixels and seconds; y points down, angles turn clockwise on the screen."""
     colour: torch.Tensor        # index into COLOURS
     shape: torch.Tensor         # index into SHAPES
@@ -72,15 +85,6 @@ class Clips:
     reach: torch.Tensor         # amplitude of sliding, rising and circling, pixels
     phase: torch.Tensor         # radians
     rate: torch.Tensor          # radians/s (its sign is the sense of spinning); bouncing: pixels/s
-
-    def __len__(self):
-        return len(self.colour)
-
-    def __getitem__(self, index):
-        return Clips(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    def to(self, device):
-        return Clips(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def prompts(self, generator=None):
         """The clips' prompts; in the first wording without a generator, in a random one with it."""
@@ -169,7 +173,7 @@ STEP = 2.0                                    # pixels that an action moves the 
 
 
 @dataclass
-class Walks:
+class Walks(Batch):
     """B walks by their truth, in the action world of Next-Frame Diffusion: looks and start [B], actions [B, F]. Action f leads to
     frame f; it moves the shape by STEP, and the walls stop it."""
     colour: torch.Tensor        # index into COLOURS
@@ -179,15 +183,6 @@ class Walks:
     x: torch.Tensor             # pixels, before the first action
     y: torch.Tensor
     actions: torch.Tensor       # index into ACTIONS
-
-    def __len__(self):
-        return len(self.colour)
-
-    def __getitem__(self, index):
-        return Walks(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    def to(self, device):
-        return Walks(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def prompts(self, generator=None):
         """What the walks look like: "a red circle on a black background". There is one wording: generator is there as for `Clips`."""

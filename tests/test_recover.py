@@ -17,7 +17,6 @@ def test_recovery_finds_what_was_drawn():
 
 def test_the_law_of_the_right_motion_fits_best():
     clips = sample_clips(24, torch.Generator().manual_seed(3), "all")
-    x, y, radius, angle = clips.track(torch.arange(81) / 16)
     found = recover(clips.render())
     error = fit_motions(found, clips.shape)
     assert (error.argmin(1) == clips.motion).all() and error.amin(1).sqrt().max() < 1           # pixels from the law
