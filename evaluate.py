@@ -240,16 +240,15 @@ def main():
         for (_, _, path), (*_, command) in zip(jobs, ABLATION):
             if command and not os.path.exists(path):
                 train_missing(path, command, args.train_options.split())
+    encoder, rows = load_text_encoder(device=device), {}
     if args.play:
-        jobs = [(name, guidance, os.path.join(WEIGHTS, path)) for name, guidance, path in
-                (("action teacher, 16 steps", 1, "action_teacher.safetensors"), ("player, 4 steps", None, "player.safetensors"))]
-    vae, encoder = load_vae(*[os.path.join(WEIGHTS, "vae_frame.safetensors")] * args.play, device=device), load_text_encoder(device=device)
-    models, rows = [load_model(path, device) for _, _, path in jobs], {}
+        vae, jobs = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), device), []
+        for name, file, steps, guidance in (("action teacher, 16 steps", "action_teacher", 16, 1), ("player, 4 steps", "player", 4, None)):
+            model = load_model(os.path.join(WEIGHTS, f"{file}.safetensors"), device)
+            rows[name] = play_walks(model, vae, encoder, min(args.clips, 20), args.seconds * FPS, steps, guidance, args.seed, name)[1]
+    vae, models = load_vae(device=device), [load_model(path, device) for _, _, path in jobs]
     for (name, kind, _), model in zip(jobs, models):
-        if args.play:
-            steps = 4 if kind is None else 16
-            rows[name] = play_walks(model, vae, encoder, min(args.clips, 20), args.seconds * FPS, steps, kind, args.seed, name)[1]
-        elif args.over_time and kind != "teacher":
+        if args.over_time and kind != "teacher":
             rows[name] = over_time(kind, model, vae, encoder, args.seconds, count=min(args.clips, 20), seed=args.seed, name=name)
         elif not args.over_time:
             rows[name] = evaluate(kind, model, vae, encoder, args.clips, args.split, args.seed, name=name)
