@@ -2,7 +2,7 @@
 
     python teacher.py               trains both on latents of the shapes world
     python teacher.py --causal      makes a causal many-step teacher of the shipped one, to compare with
-    python teacher.py --actions     trains the causal teacher of the action world (NFD)
+    python teacher.py --actions     makes a causal teacher of the action world (NFD) of the shipped one
 """
 import hashlib
 import os
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import ACTIONS, Walks, sample_clips, sample_walks, save_sheet
 from evaluate import fixed_set, health, make_videos, play_walks
-from model import DiT, ModelConfig, load_model, save_model
+from model import DiT, load_model, save_model
 from text import TextEncoder, load_text_encoder
 from training import (EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, save_weights, train, training_parser)
 from vae import load_vae
@@ -78,11 +78,19 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
     return F.mse_loss(v.float(), model.schedule.v(x0, eps, t))
 
 
+def with_actions(teacher):
+    """The model of the action world (NFD) that begins as a text-to-video teacher: frame by frame, a window of 8, and of the actions nothing yet."""
+    model = DiT(replace(teacher.config, shift=3.0, chunk=1, window=8, num_actions=len(ACTIONS))).to(teacher.head.head.weight.device)
+    nn.init.zeros_(model.action_embedding.weight)
+    model.load_state_dict(teacher.state_dict(), strict=False)
+    return model
+
+
 def main():
     parser = training_parser("Train the bidirectional teacher and the text encoder.", 1600, 16, 2e-3, "runs/teacher")
     parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
     parser.add_argument("--causal", action="store_true", help="block-causal attention and a time for each chunk, from the shipped teacher on")
-    parser.add_argument("--actions", action="store_true", help="the causal teacher of the action world, from scratch, a frame at a time")
+    parser.add_argument("--actions", action="store_true", help="the causal teacher of the action world, a frame at a time, from the shipped teacher on")
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
@@ -90,14 +98,15 @@ def main():
     if args.actions:
         vae, frames = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), 24
         data = LatentClips(vae, sample_walks(args.clips, 48, seed))
-        model = DiT(ModelConfig(num_layers=6, shift=3.0, chunk=1, window=8, num_actions=len(ACTIONS))).to(args.device)
     else:
         vae, frames = load_vae(device=args.device), 21
         data = LatentClips(vae, sample_clips(args.clips, seed))
-        model = load_model(os.path.join(WEIGHTS, "teacher.safetensors"), args.device).train() if causal else DiT().to(args.device)
+    model = load_model(os.path.join(WEIGHTS, "teacher.safetensors"), args.device) if causal else DiT().to(args.device)
+    if args.actions:
+        model = with_actions(model)
     encoder = load_text_encoder(device=args.device).requires_grad_(False) if causal else TextEncoder().to(args.device)
     attention = dict(chunk=model.config.chunk, window=model.config.window) if causal else {}
-    both = nn.ModuleList([model, encoder])
+    both = nn.ModuleList([model.train(), encoder])
     averaged = nn.ModuleList([DiT(model.config), TextEncoder()]).to(args.device)
     ema, optimizer = EMA(both), Muon(model.blocks.parameters(), both.parameters(), args.lr)
 
@@ -107,7 +116,7 @@ def main():
     def step(i, generator):
         # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them; then whole clips
         # and, every other step, three times as many of a third of the length: what a shape does next shows in a few frames
-        images, short = i < 0.16 * args.steps and not args.causal, not causal and i % 2
+        images, short = i < 0.16 * args.steps and not causal, i % 2 and not causal
         count, length = (16 * args.batch_size, 1) if images else (3 * args.batch_size, frames // 3) if short else (args.batch_size, frames)
         x0, prompts, actions = data.batch(count, length, generator, args.device)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt

@@ -5,10 +5,11 @@ information flows forward in time only, and the state of a stream is one feature
 first latent, every four frames after it the next one: F = 1 + 4 (T - 1).
 
     python vae.py                   trains it on the shapes world
-    python vae.py --frame-wise      the one for Next-Frame Diffusion, which does not merge frames
+    python vae.py --frame-wise      makes of the shipped one that of Next-Frame Diffusion, which does not merge frames
 """
+import copy
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -169,6 +170,17 @@ def load_vae(path=os.path.join(WEIGHTS, "vae.safetensors"), device="cpu"):
     return load_into(VAE(VAEConfig(**config)), tensors, path).to(device).eval()
 
 
+def frame_wise(vae):
+    """A VAE of time stride 1 (NFD) from one of stride n: every frame goes its way as the first frame of a clip does, which fills its group
+    with n copies of itself, and of whose n decoded frames the last one counts."""
+    n, tensors, one = vae.config.time_stride, vae.state_dict(), VAE(replace(vae.config, time_stride=1))
+    tensors["encoder.5.conv.weight"] = tensors["encoder.5.conv.weight"].unflatten(1, (n, -1)).sum(1)
+    for part in ("weight", "bias"):
+        tensors[f"decoder.1.conv.{part}"] = tensors[f"decoder.1.conv.{part}"].unflatten(0, (n, -1))[-1]
+    one.load_state_dict(tensors)
+    return one.to(vae.mean.device)
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio of videos in [-1, 1], in dB: of the mean squared error over everything."""
     return -10 * torch.log10(((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).square().mean())
@@ -194,14 +206,18 @@ def main():
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
-    name, config = ("vae_frame.safetensors", VAEConfig(time_stride=1)) if args.frame_wise else ("vae.safetensors", VAEConfig())
-    vae, averaged = (load_vae(os.path.join(WEIGHTS, name), args.device) if args.decoder_only else VAE(config).to(args.device) for _ in range(2))
+    name = "vae_frame.safetensors" if args.frame_wise else "vae.safetensors"
+    if args.decoder_only:
+        vae = load_vae(os.path.join(WEIGHTS, name), args.device)
+    else:
+        vae = frame_wise(load_vae(device=args.device)) if args.frame_wise else VAE().to(args.device)
+    averaged = copy.deepcopy(vae).eval()
     trained = vae.decoder if args.decoder_only else vae
     ema, optimizer = EMA(vae, 0.998), adamw(trained.parameters(), args.lr, betas=(0.9, 0.99))
 
     def step(i, generator):
         # shapes and colours are learnt on many single frames, then motion on short clips, and last what a frame may remember
-        progress, B = 1.0 if args.decoder_only else i / args.steps, args.batch_size
+        progress, B = 1.0 if args.decoder_only or args.frame_wise else i / args.steps, args.batch_size
         clips, frames = (2 * B, 1) if progress < 0.28 else (B, 5) if progress < 0.6 else (-(-2 * B // 3), 9)
         start = torch.randint(FRAMES - frames, (), generator=generator).item()
         video = sample_clips(clips, generator).to(args.device).render(start, frames)

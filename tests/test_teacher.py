@@ -1,8 +1,8 @@
 import torch
 
-from data import BOUNCE, SPIN, sample_clips
-from model import Schedule
-from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss
+from data import ACTIONS, BOUNCE, SPIN, sample_clips
+from model import DiT, ModelConfig, Schedule
+from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss, with_actions
 
 
 def test_times_are_shifted_towards_noise():
@@ -44,3 +44,12 @@ def test_flow_matching_loss_is_zero_for_the_true_velocity():
 
     model.schedule = Schedule()
     assert flow_matching_loss(model, x0, t, "prompt", torch.Generator().manual_seed(0)) < 1e-6 and seen["text"] == "prompt"
+
+
+def test_an_action_model_begins_as_the_teacher_and_knows_nothing_of_actions():
+    teacher = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8))
+    torch.nn.init.normal_(teacher.head.head.weight, std=0.1)
+    model, x, t, text = with_actions(teacher), torch.randn(2, 5, 8, 4, 4), torch.rand(2, 5), torch.randn(2, 3, 8)
+    actions = torch.randint(len(ACTIONS), (2, 5))
+    assert torch.equal(model(x, t, text, chunk=1, actions=actions), teacher(x, t, text, chunk=1))
+    assert model.config.chunk == 1 and model.action_embedding.weight.requires_grad

@@ -3,7 +3,7 @@ import torch
 
 from data import sample_clips
 from training import UserError
-from vae import VAE, VAEConfig, held_out_psnr, load_vae
+from vae import VAE, VAEConfig, frame_wise, held_out_psnr, load_vae, psnr
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,10 @@ def test_missing_weights_are_named():
 
 def test_shipped_weights_reconstruct_held_out_clips():
     assert held_out_psnr(load_vae(), count=8) >= 34
+
+
+@torch.no_grad()
+def test_the_frame_wise_vae_begins_nearly_as_good_as_the_shipped_one():
+    x, vae = sample_clips(2, torch.Generator().manual_seed(0)).render(0, 9), frame_wise(load_vae())
+    latents = vae.encode(x)
+    assert latents.shape[1] == 9 and psnr(vae.decode(latents), x) > 30
