@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -112,9 +113,10 @@ def hardware():
     return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
 
 
-# ------------------------------------------------------------------------------------------------------------ training
 def write_results(out, result, text):
-    """Print a table, and write what was measured to OUT.json and the table to OUT.md. Raises UserError if they cannot be written."""
+    """Print a table, and write what was measured to OUT.json and the table to OUT.md; the README's copy of OUT.md, if it has one, follows.
+
+    Raises UserError if they cannot be written."""
     print(text)
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
@@ -125,8 +127,19 @@ def write_results(out, result, text):
     except OSError as error:
         raise UserError(f"cannot write {out}.json and {out}.md: {error.strerror}") from None
     print(f"wrote {out}.json and {out}.md")
+    # in the README, what stands between <!-- OUT.md --> and <!-- end -->
+    root = os.path.dirname(WEIGHTS)
+    path, marker = os.path.join(root, "README.md"), re.escape(f"<!-- {os.path.relpath(out, root)}.md -->")
+    with open(path, encoding="utf-8") as file:
+        readme = file.read()
+    changed = re.sub(rf"({marker}\n).*?(\n<!-- end -->)", lambda m: m[1] + text + m[2], readme, flags=re.S)
+    if changed != readme:
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(changed)
+        os.replace(path + ".tmp", path)
 
 
+# ------------------------------------------------------------------------------------------------------------ training
 def training_parser(description, steps, batch_size, lr, out):
     """The flags that every training script has."""
     parser = argparse.ArgumentParser(description=description)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import training
 from training import EMA, Muon, UserError, adamw, load_weights, optimise, orthogonal, save_weights, train
 
 
@@ -102,3 +103,12 @@ def test_muon_moves_hidden_matrices_orthogonally_and_all_else_as_adamw_does():
     moved = (before - net.weight.detach()) / (0.1 * 0.2 * 24 ** 0.5)
     assert torch.equal(net.bias, twin.bias) and not torch.allclose(net.weight, twin.weight)
     assert torch.linalg.matrix_norm(moved, 2) < 1.3                        # no direction moves farther than the others
+
+
+def test_results_stand_in_the_readme_where_its_marker_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "WEIGHTS", str(tmp_path / "weights"))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results/speed.md -->\nold\nrows\n<!-- end -->\nbetween\n<!-- results/other.md -->\nstays\n<!-- end -->\n")
+    training.write_results(str(tmp_path / "results" / "speed"), {"rows": {"a": 1}}, "| a | \\1 |")
+    assert readme.read_text() == "before\n<!-- results/speed.md -->\n| a | \\1 |\n<!-- end -->\nbetween\n<!-- results/other.md -->\nstays\n<!-- end -->\n"
+    assert json.loads((tmp_path / "results" / "speed.json").read_text())["rows"] == {"a": 1}
