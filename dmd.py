@@ -71,7 +71,7 @@ def clip_times(count, frames, schedule, generator, device):
 
 def main():
     """Algorithm 1: five updates of the fake score on the student's clips for one of the student by `dmd_loss`."""
-    parser = training_parser("Distil the teacher into the causal few-step student.", 1500, 8, 5e-5, "runs/dmd")
+    parser = training_parser("Distil the teacher into the causal few-step student.", 450, 8, 1e-4, "runs/dmd")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
     parser.add_argument("--fake-updates", type=int, default=5, help="fake-score updates for each update of the student")
     parser.add_argument("--teacher", default=os.path.join(WEIGHTS, "teacher.safetensors"), help="weights that the scores start from")
@@ -95,7 +95,7 @@ def main():
     fake_optimizer = adamw(fake.parameters(), 2 * args.lr, betas=(0.0, 0.99))
 
     if args.compile:
-        for network in (student, teacher, fake):
+        for network in (teacher, fake) + (student,) * (args.rollout == "data"):     # a graph for each length of a rollout's past does not pay
             network.compile()
 
     def step(i, generator):

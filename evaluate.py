@@ -181,7 +181,7 @@ ROOT = os.path.dirname(WEIGHTS)
 CAUSAL = "runs/causal_teacher/causal_teacher.safetensors"
 ABLATION = [
     ("many steps, bidirectional", "teacher", "weights/teacher.safetensors", None),
-    ("many steps, causal", "causal", CAUSAL, "teacher.py --causal"),
+    ("many steps, causal", "causal", CAUSAL, "teacher.py --causal --steps 450"),
     ("4 steps, no ODE init", "student", "runs/dmd_no_ode_init/student.safetensors", "dmd.py --student weights/teacher.safetensors"),
     ("4 steps, ODE init alone", "student", "weights/ode_init.safetensors", None),
     ("4 steps, ODE init, causal teacher", "student", "runs/dmd_causal/student.safetensors", f"dmd.py --causal-scores --teacher {CAUSAL}"),

@@ -70,9 +70,9 @@ def student_sheet(student, vae, encoder, path):
 
 
 def main():
-    parser = training_parser("Train the causal student on the teacher's ODE trajectories.", 800, 16, 5e-4, "runs/ode_init")
-    parser.add_argument("--trajectories", type=int, default=512, help="number of trajectories (paper: about 1000)")
-    parser.add_argument("--solver-steps", type=int, default=24, help="steps of the teacher's ODE solver (paper: 50)")
+    parser = training_parser("Train the causal student on the teacher's ODE trajectories.", 500, 8, 5e-4, "runs/ode_init")
+    parser.add_argument("--trajectories", type=int, default=448, help="number of trajectories (paper: about 1000)")
+    parser.add_argument("--solver-steps", type=int, default=12, help="steps of the teacher's ODE solver (paper: 50)")
     args = parser.parse_args()
     student_grid(args.solver_steps)
     check_training(args)
