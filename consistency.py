@@ -1,6 +1,6 @@
 """Next-Frame Diffusion, stage 1: consistency distillation of the causal teacher of the action world into a few-step player.
 
-    python consistency.py           distils the shipped action teacher
+    python consistency.py           distils weights/action_teacher.safetensors
 
 The consistency function f(x_t, t) is where the teacher's probability-flow ODE takes x_t in the end. All points of one path have the
 same end, so f must agree on neighbours, and f(x_0, 0) = x_0 ties it down. In discrete time: the path is one solver step long, on a

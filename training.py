@@ -132,7 +132,7 @@ def write_results(out, result, text):
     path, marker = os.path.join(root, "README.md"), re.escape(f"<!-- {os.path.relpath(out, root)}.md -->")
     with open(path, encoding="utf-8") as file:
         readme = file.read()
-    changed = re.sub(rf"({marker}\n).*?(\n<!-- end -->)", lambda m: m[1] + text + m[2], readme, flags=re.S)
+    changed = re.sub(rf"({marker}\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
     if changed != readme:
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             file.write(changed)
