@@ -28,7 +28,7 @@ def test_pictures_exist_and_are_small():
 
 def test_tables_are_those_of_the_results():
     tables = glob.glob(os.path.join(ROOT, "results", "*.md"))
-    assert all(open(path).read().strip() in README for path in tables)
+    assert tables and all(open(path).read().strip() in README for path in tables)
     assert all({"command", "commit", "hardware", "torch", "rows"} <= set(json.load(open(path[:-3] + ".json"))) for path in tables)
 
 
@@ -45,7 +45,7 @@ def test_weights_are_small_and_say_where_they_come_from():
         assert os.path.getsize(path) <= 10 * 2 ** 20
         with safe_open(path, "pt") as file:
             assert {"config", "command", "commit", "steps", "hardware"} <= set(file.metadata()), name
-    assert total <= 28 * 2 ** 20
+    assert total <= 48 * 2 ** 20
 
 
 def test_no_weights_file_is_ever_executed():
