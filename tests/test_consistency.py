@@ -4,7 +4,7 @@ from torch import nn
 from consistency import consistency_loss
 from model import Schedule
 
-MU, S, N = 0.7, 0.5, 32
+MU, S, N = 0.7, 0.5, 48
 SCHEDULE = Schedule(shift=2.0)
 TIMES = SCHEDULE.timesteps(N)
 
@@ -40,8 +40,8 @@ def loss_of(student, target, x0, level, seed):
 def test_the_distilled_function_is_the_closed_form_one_on_a_gaussian():
     student, target, g = Affine(), Affine(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(student.parameters(), 0.03)
-    for i in range(2000):
-        optimizer.param_groups[0]["lr"] = 0.03 * (1 - i / 2000)
+    for i in range(3000):
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - i / 3000)
         x0 = MU + S * torch.randn(64, 3, 1, 1, 1, generator=g, dtype=torch.float64)
         loss = loss_of(student, target, x0, torch.randint(N + 1, (64, 3), generator=g), i)
         optimizer.zero_grad()
@@ -56,7 +56,7 @@ def test_the_distilled_function_is_the_closed_form_one_on_a_gaussian():
             end = SCHEDULE.step(end, teacher(end, u.expand(9, 1), None), u.expand(9, 1), r.expand(9, 1))
         alpha, sigma = 1 - TIMES[level], TIMES[level]
         closed = MU + S * (x - alpha * MU) / (alpha ** 2 * S ** 2 + sigma ** 2).sqrt()
-        assert (made - end).abs().max() < 0.01 and (made - closed).abs().max() < 0.15
+        assert (made - end).abs().max() < 0.01 and (made - closed).abs().max() < 0.1
 
 
 def test_at_time_0_the_function_is_the_identity_whatever_the_network():

@@ -16,7 +16,7 @@ def test_recovery_finds_what_was_drawn():
 
 
 def test_the_law_of_the_right_motion_fits_best():
-    clips = sample_clips(24, torch.Generator().manual_seed(3), "all")
+    clips = sample_clips(48, torch.Generator().manual_seed(3), "all")
     found = recover(clips.render())
     error = fit_motions(found, clips.shape)
     assert (error.argmin(1) == clips.motion).all() and error.amin(1).sqrt().max() < 1           # pixels from the law
