@@ -63,7 +63,8 @@ def main():
     def step(i, generator):
         x0, prompts, actions = data.batch(args.batch_size, 24, generator, args.device)
         level = torch.randint(args.grid, x0.shape[:2], generator=generator)
-        level[torch.rand(x0.shape[:2], generator=generator) < 0.25] = args.grid          # one frame in four is clean context
+        clean = torch.rand(x0.shape[:2], generator=generator) < torch.rand(len(x0), 1, generator=generator)
+        level[clean] = args.grid                                       # context, in each walk a share of its own
         target.load_state_dict(ema.shadow)
         with autocast(args):
             loss = consistency_loss(student, target, teacher, x0, level.to(args.device), times, encoder(prompts).detach(), generator,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data import BACKGROUNDS, COLOURS, FPS, FRAMES, PULSE, SHAPES, SIZE, sample_clips, sample_walks
 from model import load_model
+from play import Player
 from recover import BACKDROPS, SMALLEST, Recovered, actions_obeyed, fit_motions, mode, recover
 from sample import GUIDANCE, TEACHER_STEPS, solve_ode, stream
 from text import load_text_encoder
@@ -150,16 +151,22 @@ def over_time(kind, model, vae, encoder, seconds=60, count=20, seed=0, batch=5, 
 
 
 # -------------------------------------------------------------------------------------------------- the action world
-def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=None, seed=1, name=None):
+def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=None, seed=1, name=None, ahead=None):
     """Stream random walks of the action world (NFD) frame by frame -> (video [B, F, 3, 64, 64], measures name -> 0 .. 100).
 
-    action accuracy, frame quality and looks (frames with the prompt's colour, shape and background), each also of the last 10 seconds."""
+    action accuracy, frame quality and looks (frames with the prompt's colour, shape and background), each also of the last 10 seconds.
+    ahead: as play.py plays them instead, one after the other, with speculative sampling of at most so many frames."""
     generator = torch.Generator().manual_seed(seed)
     walks = sample_walks(count, frames, generator)
     text = encoder(walks.prompts())
-    source = stream(model, vae, text, generator, steps, guidance=guidance, actions=lambda made: walks.actions[:, made:made + 1].to(text.device))
-    bar = tqdm(itertools.islice(source, frames), total=frames, unit="frame", desc=name, disable=name is None)
-    video = torch.cat([video.cpu() for _, video in bar], dim=1)
+    bar = lambda made, total: tqdm(made, total=total, unit="frame", desc=name, disable=name is None)
+    if ahead:
+        worlds = [Player(model, vae, text[i:i + 1], generator, steps, ahead) for i in range(count)]
+        steps = bar(((worlds[i], action) for i in range(count) for action in walks.actions[i].tolist()), count * frames)
+        video = torch.stack([world.step(action).cpu() for world, action in steps]).unflatten(0, (count, frames))
+    else:
+        source = stream(model, vae, text, generator, steps, guidance=guidance, actions=lambda made: walks.actions[:, made:made + 1].to(text.device))
+        video = torch.cat([video.cpu() for _, video in bar(itertools.islice(source, frames), frames)], dim=1)
     found = recover(video)
     looks = torch.stack([getattr(found, name) == getattr(walks, name)[:, None] for name in ("colour", "shape", "background")]).all(0)
     measured = {"action accuracy": actions_obeyed(found, walks.actions), "frame quality": frame_quality(video, found), "looks": looks}
@@ -221,9 +228,9 @@ def main():
     add("--student", nargs="*", default=[os.path.join(WEIGHTS, "student.safetensors")], help="weights to stream in 4 steps")
     add("--causal", nargs="*", default=[], help="weights to stream in many guided steps")
     add("--ablation", action="store_true", help="the paper's Table 4 instead, after training what is missing")
-    add("--train-options", default="", help='options for the trainings of --ablation, such as "--steps 600 --batch-size 8"')
+    add("--train-options", default="", help='options for the trainings of --ablation, such as "--steps 600 --batch-size 8" (but =--compile for a single one)')
     add("--over-time", action="store_true", help="measure over a long stream (the paper's Figure 8); with matplotlib also a picture")
-    add("--play", action="store_true", help="the action world instead: the action teacher in 16 steps and the player in 4, over long streams")
+    add("--play", action="store_true", help="the action world instead: the action teacher in 16 steps and the player in 4, over long streams of at most 20 walks")
     add("--seconds", type=int, default=60, help="length of the streams of --over-time and --play, 15 or more")
     add("--clips", type=int, default=200)
     add("--split", default="held-out", choices=["held-out", "train"])
@@ -243,9 +250,10 @@ def main():
     encoder, rows = load_text_encoder(device=device), {}
     if args.play:
         vae, jobs = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), device), []
-        for name, file, steps, guidance in (("action teacher, 16 steps", "action_teacher", 16, 1), ("player, 4 steps", "player", 4, None)):
-            model = load_model(os.path.join(WEIGHTS, f"{file}.safetensors"), device)
-            rows[name] = play_walks(model, vae, encoder, min(args.clips, 20), args.seconds * FPS, steps, guidance, args.seed, name)[1]
+        for name, file, steps, guidance, ahead in (("action teacher, 16 steps", "action_teacher", 16, 1, None), ("player, 4 steps", "player", 4, None, None),
+                                                   ("player, 4 steps, speculative", "player", 4, None, 8)):
+            model, count = load_model(os.path.join(WEIGHTS, f"{file}.safetensors"), device), min(args.clips, 20)
+            rows[name] = play_walks(model, vae, encoder, count, args.seconds * FPS, steps, guidance, args.seed, name, ahead)[1]
     vae, models = load_vae(device=device), [load_model(path, device) for _, _, path in jobs]
     for (name, kind, _), model in zip(jobs, models):
         if args.over_time and kind != "teacher":

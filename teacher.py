@@ -4,6 +4,7 @@
     python teacher.py --causal      makes a causal many-step teacher of the shipped one, to compare with
     python teacher.py --actions     makes a causal teacher of the action world (NFD) of the shipped one
 """
+import copy
 import hashlib
 import os
 from dataclasses import asdict, replace
@@ -64,26 +65,32 @@ def draw_times(count, schedule, generator):
 
 
 def draw_chunk_times(count, frames, chunk, schedule, generator):
-    """Diffusion Forcing, and NFD with chunk=1: a time of its own for each chunk [count, frames]. One chunk in four is clean, at t = 0,
-    as context is."""
+    """Diffusion Forcing, and NFD with chunk=1: a time of its own for each chunk [count, frames]. Some are clean, at t = 0, as context is
+    when sampling: in each clip a share of its own, from none to all."""
     chunks = -(-frames // chunk)
-    noisy = torch.rand(count, chunks, generator=generator) > 0.25
+    noisy = torch.rand(count, chunks, generator=generator) > torch.rand(count, 1, generator=generator)
     return (draw_times(count * chunks, schedule, generator).view(count, chunks) * noisy).repeat_interleave(chunk, dim=1)[:, :frames]
 
 
 def flow_matching_loss(model, x0, t, text, generator, **attention):
-    """E || v(x_t, t, text) - (eps - x0) ||^2 for x0 [B, T, C, h, w] and t [B, T] (flow matching, the denoising loss)."""
+    """E || v(x_t, t, text) - (eps - x0) ||^2 for x0 [B, T, C, h, w] and t [B, T] (flow matching, the denoising loss), over frames with t > 0:
+    in a clean one nothing tells eps."""
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     v = model(model.schedule.add_noise(x0, eps, t), t, text, **attention)
-    return F.mse_loss(v.float(), model.schedule.v(x0, eps, t))
+    error = F.mse_loss(v.float(), model.schedule.v(x0, eps, t), reduction="none").mean((2, 3, 4))
+    return torch.where(t > 0, error, 0.0).sum() / (t > 0).sum().clamp(min=1)
 
 
-def with_actions(teacher):
-    """The model of the action world (NFD) that begins as a text-to-video teacher: frame by frame, a window of 8, and of the actions nothing yet."""
-    model = DiT(replace(teacher.config, shift=3.0, chunk=1, window=8, num_actions=len(ACTIONS))).to(teacher.head.head.weight.device)
+def with_actions(teacher, layers=4):
+    """The model of the action world (NFD) that begins as a text-to-video teacher: frame by frame, a window of 8, and of the actions nothing yet.
+
+    It keeps `layers` of the teacher's, evenly spaced: with so few tokens in a frame, depth is what a pass takes its time for."""
+    model = DiT(replace(teacher.config, shift=3.0, chunk=1, window=8, num_actions=len(ACTIONS), num_layers=layers))
+    teacher = copy.deepcopy(teacher)
+    teacher.blocks = nn.ModuleList(teacher.blocks[i] for i in torch.linspace(0, len(teacher.blocks) - 1, layers).round().int().tolist())
     nn.init.zeros_(model.action_embedding.weight)
     model.load_state_dict(teacher.state_dict(), strict=False)
-    return model
+    return model.to(teacher.head.head.weight.device)
 
 
 def main():
