@@ -116,9 +116,17 @@ def test_over_time_measures_first_and_last_ten_seconds(command_line, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- the action world
-def test_play_walks_measures_what_the_model_streams():
+def test_play_walks_measures_what_the_model_streams_and_what_a_player_shows():
     torch.manual_seed(0)
     model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1, chunk=1, num_actions=5)).eval()
-    video, measured = play_walks(model, VAE(VAEConfig(8, 1, 16, 16, 16)).eval().requires_grad_(False), TextEncoder().requires_grad_(False), count=2, frames=5, steps=1)
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    torch.nn.init.normal_(model.action_embedding.weight)
+    world = (model, VAE(VAEConfig(8, 1, 16, 16, 16)).eval().requires_grad_(False), TextEncoder().requires_grad_(False))
+    video, measured = play_walks(*world, count=2, frames=5, steps=1)
     assert video.shape == (2, 5, 3, 64, 64)
     assert set(measured) == {name + part for name in ("action accuracy", "frame quality", "looks") for part in ("", ", last 10 s")}
+    alone, _ = play_walks(*world, count=1, frames=5, steps=2)
+    played, _ = play_walks(*world, count=1, frames=5, steps=2, ahead=1)
+    assert torch.allclose(alone, played, atol=1e-4)
+    played, _ = play_walks(*world, count=2, frames=5, ahead=4)
+    assert played.shape == (2, 5, 3, 64, 64) and not torch.equal(played[0], played[1])

@@ -1,6 +1,6 @@
 import torch
 
-from data import ACTIONS, BOUNCE, SPIN, sample_clips
+from data import ACTIONS, BOUNCE, SPIN, sample_clips, sample_walks
 from model import DiT, ModelConfig, Schedule
 from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss, with_actions
 
@@ -25,6 +25,17 @@ def test_motions_that_are_hard_to_learn_are_drawn_more_often():
     expected = SHARES[data.clips.motion] / SHARES[data.clips.motion].sum()
     assert abs(share("bouncing") - expected[data.clips.motion == BOUNCE].sum()) < 0.02
     assert abs(share("spinning", "turning") - expected[data.clips.motion == SPIN].sum()) < 0.02
+
+
+def test_a_piece_of_a_walk_has_its_actions_and_none_leads_to_its_first_frame():
+    data = object.__new__(LatentClips)
+    data.clips = sample_walks(8, 48, torch.Generator().manual_seed(0))
+    data.latents = (100 * torch.arange(8)[:, None] + torch.arange(48)).float()[..., None, None, None]          # which frame of which walk
+    x0, prompts, actions = data.batch(200, 24, torch.Generator().manual_seed(0), "cpu")
+    walk, frame = (x0[:, :, 0, 0, 0].long() // 100)[:, 0], x0[:, :, 0, 0, 0].long() % 100
+    assert (frame.diff(dim=1) == 1).all() and frame[:, 0].max() > 0
+    assert torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], frame][:, 1:]) and not actions[:, 0].any()
+    assert prompts == data.clips[walk].prompts()
 
 
 def test_each_chunk_has_a_time_of_its_own_and_each_clip_a_share_of_clean_ones():
