@@ -122,12 +122,14 @@ def main():
 
     def step(i, generator):
         # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them; then whole clips
-        # and, every other step, three times as many of a third of the length: what a shape does next shows in a few frames
-        images, short = i < 0.16 * args.steps and not causal, i % 2 and not causal
+        # and, every other step, three times as many of a third of the length: what a shape does next shows in a few frames.
+        # In the action world every other step is of images: a first frame has no context, and a walk has only one such
+        images = i % 2 == 0 if args.actions else i < 0.16 * args.steps and not causal
+        short = i % 2 and not causal
         count, length = (16 * args.batch_size, 1) if images else (3 * args.batch_size, frames // 3) if short else (args.batch_size, frames)
         x0, prompts, actions = data.batch(count, length, generator, args.device)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
-        if causal:
+        if causal and not images:
             t = draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
         else:
             # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
