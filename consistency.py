@@ -14,7 +14,7 @@ import torch
 from data import sample_walks, save_sheet
 from evaluate import play_walks
 from model import load_model, save_model
-from teacher import LatentClips
+from teacher import LatentClips, worn
 from text import load_text_encoder
 from training import EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, train, training_parser
 from vae import load_vae
@@ -61,13 +61,16 @@ def main():
             network.compile(dynamic=False)
 
     def step(i, generator):
-        x0, prompts, actions = data.batch(args.batch_size, 24, generator, args.device)
+        # every fourth step is of images: a first frame has no context, and a walk has only one such
+        count, length = (16 * args.batch_size, 1) if i % 4 == 0 else (args.batch_size, 24)
+        x0, prompts, actions = data.batch(count, length, generator, args.device)
         level = torch.randint(args.grid, x0.shape[:2], generator=generator)
-        clean = torch.rand(x0.shape[:2], generator=generator) < torch.rand(len(x0), 1, generator=generator)
-        level[clean] = args.grid                                       # context, in each walk a share of its own
+        clean = torch.rand(count, length, generator=generator) < torch.rand(count, 1, generator=generator)
+        level[clean & (length > 1)] = args.grid                        # context, in each walk a share of its own
+        level = level.to(args.device)
         target.load_state_dict(ema.shadow)
         with autocast(args):
-            loss = consistency_loss(student, target, teacher, x0, level.to(args.device), times, encoder(prompts).detach(), generator,
+            loss = consistency_loss(student, target, teacher, worn(x0, times[level], generator), level, times, encoder(prompts).detach(), generator,
                                     chunk=c.chunk, window=c.window, actions=actions)
         norm = optimise(optimizer, loss)
         ema.update(student, i)

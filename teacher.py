@@ -81,6 +81,14 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
     return torch.where(t > 0, error, 0.0).sum() / (t > 0).sum().clamp(min=1)
 
 
+def worn(x0, t, generator):
+    """Context as sampling leaves it, not quite clean: x0 [B, T, C, h, w] with noise of up to 0.4, more or less for each frame, where t [B, T] is 0.
+
+    A model that has seen it corrects what went wrong in its past; one that has only seen data builds upon it."""
+    strength = 0.4 * torch.rand(t.shape, generator=generator) * (t == 0).cpu()
+    return x0 + strength[..., None, None, None].to(x0.device) * torch.randn(x0.shape, generator=generator).to(x0.device)
+
+
 def with_actions(teacher, layers=4):
     """The model of the action world (NFD) that begins as a text-to-video teacher: frame by frame, a window of 8, and of the actions nothing yet.
 
@@ -131,6 +139,7 @@ def main():
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
         if causal and not images:
             t = draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
+            x0 = worn(x0, t, generator) if args.actions else x0
         else:
             # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
             # frame's colour, and how far a shape has turned nearer to 0; so a third of the clips get twice the shift, a third a quarter

@@ -2,7 +2,7 @@ import torch
 
 from data import ACTIONS, BOUNCE, SPIN, sample_clips, sample_walks
 from model import DiT, ModelConfig, Schedule
-from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss, with_actions
+from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss, with_actions, worn
 
 
 def test_times_are_shifted_towards_noise():
@@ -66,6 +66,13 @@ def test_clean_frames_do_not_count_in_the_flow_matching_loss():
     loss = flow_matching_loss(model, x0, t, "prompt", torch.Generator().manual_seed(0))
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     assert abs(loss - (eps - x0).square().mean((2, 3, 4))[t > 0].mean()) < 1e-6
+
+
+def test_only_context_is_worn_and_each_frame_as_much_as_it_likes():
+    x0, t = torch.randn(50, 3, 8, 4, 4), torch.tensor([0.0, 0.5, 0.0]).expand(50, 3)
+    change = (worn(x0, t, torch.Generator().manual_seed(0)) - x0).square().mean((2, 3, 4)).sqrt()
+    assert (change[:, 1] == 0).all() and 0.3 < change[:, 0].max() < 0.5 and change[:, 0].min() < 0.1
+    assert not torch.allclose(change[:, 0], change[:, 2])
 
 
 def test_an_action_model_begins_as_the_teacher_and_knows_nothing_of_actions():
