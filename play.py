@@ -104,7 +104,7 @@ class Show:
         """player(looks) -> Player; streamed(prompt) -> iterator of frames [3, H, W], where prompt() is the prompt of the moment."""
         self.player, self.streamed, self.fps = player, streamed, fps
         self.mode, self.action, self.looks, self.prompt = "play", "none", LOOKS, PROMPT
-        self.image, self.number, self.viewers, self.rate, self.kept, self.fresh = b"", 0, 0, 0.0, 100.0, False
+        self.image, self.number, self.viewers, self.cost, self.kept, self.fresh = b"", 0, 0, 0.1, 100.0, False
         self.changed = threading.Condition()
 
     def frames(self):
@@ -120,7 +120,7 @@ class Show:
                 yield from itertools.takewhile(lambda _: self.mode == "text", self.streamed(lambda: self.prompt))
 
     def run(self):
-        """Make frames for ever, at most `fps` a second; `rate` is how many a second could be made."""
+        """Make frames for ever, at most `fps` a second; `cost` is the seconds that one takes, a running mean."""
         import imageio.v3 as iio
         frames, due = self.frames(), 0.0
         while True:
@@ -129,7 +129,7 @@ class Show:
             started = time.perf_counter()
             frame = to_uint8(next(frames))
             image = iio.imwrite("<bytes>", frame.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy(), extension=".jpg", quality=95)
-            self.rate += 0.05 * (1 / (time.perf_counter() - started) - self.rate)
+            self.cost += 0.05 * (time.perf_counter() - started - self.cost)
             time.sleep(max(0.0, due - time.perf_counter()))
             due = max(due, time.perf_counter() - 1 / self.fps) + 1 / self.fps
             with self.changed:
@@ -149,7 +149,7 @@ class Show:
 
     def state(self):
         return {"mode": self.mode, "action": self.action, "looks": self.looks, "prompt": self.prompt, "frame": self.number,
-                "frames/s": round(self.rate, 1), "guesses kept, %": round(self.kept, 1)}
+                "frames/s": round(1 / self.cost, 1), "guesses kept, %": round(self.kept, 1)}
 
 
 def handler(show):

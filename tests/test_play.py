@@ -206,6 +206,19 @@ def test_several_tabs_see_the_same_frames_and_nothing_runs_when_all_are_closed(p
     assert watch(port, 2)                                                             # and on it goes with the next tab
 
 
+def test_the_rate_shown_is_of_all_frames_not_of_the_quick_ones():
+    def bursts(prompt):                                                               # five at once every tenth of a second: 50 frames/s
+        for number in itertools.count():
+            time.sleep(0.1 * (number % 5 == 0))
+            yield torch.zeros(3, 64, 64)
+    show = Show(None, bursts, fps=1000)
+    show.mode, show.viewers = "text", 1
+    threading.Thread(target=show.run, daemon=True).start()
+    assert until(lambda: show.number > 80)
+    assert 15 < show.state()["frames/s"] < 100
+    show.viewers = 0
+
+
 def test_junk_is_refused_and_harms_nothing(page):
     port, show = page
     for body in ("", "{", "[]", "3", '{"action": "jump"}', '{"action": 7}', '{"prompt": ""}', '{"prompt": 5}', '{"a": 1, "b": 2}', "x" * 5000, b"\xff\xfe"):
