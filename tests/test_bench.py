@@ -57,7 +57,7 @@ def test_the_rows_of_the_action_world():
         rows = bench.play_rows(model, model, vae, TextEncoder(), (64, 64), torch.device("cpu"), 1, 24)
     assert len(rows) == 9 and all(row["frames/s"] > 0 for row in rows.values())
     held, changed = (rows[f"player, 4 steps, the action changes every {n} frames, speculative"] for n in (64, 1))
-    assert held["frames a block"] > 1.5 and changed["frames a block"] == 1 and changed["dropped, %"] == 0
+    assert held["frames a block"] > 4 and changed["frames a block"] < 2               # it takes some frames to see that no action stays
 
 
 def test_no_turns_at_all_are_refused(command_line):
