@@ -222,10 +222,11 @@ def main():
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     teacher, student, vae, encoder, *size = build(args.size, device, dtype, args.play)
-    result = {"size": args.size, "frames": FRAMES, "height": size[0], "width": size[1], "repeats": args.repeats, "dtype": str(dtype).split(".")[-1],
+    frames = 2 * FRAMES if args.play else FRAMES
+    result = {"size": args.size, "frames": frames, "height": size[0], "width": size[1], "repeats": args.repeats, "dtype": str(dtype).split(".")[-1],
               "hardware": hardware(), "torch": torch.__version__}
     if args.play:
-        result["rows"], ceiling = play_rows(teacher, student, vae, encoder, size, device, args.repeats, 2 * FRAMES), matmul_rate(device, dtype)
+        result["rows"], ceiling = play_rows(teacher, student, vae, encoder, size, device, args.repeats, frames), matmul_rate(device, dtype)
     else:
         result["rows"], result["stages, ms"], ceiling = stream_rows(teacher, student, vae, encoder, size, device, dtype, args.repeats)
         result["late chunk"] = args.late

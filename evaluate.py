@@ -162,8 +162,8 @@ def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=
     bar = lambda made, total: tqdm(made, total=total, unit="frame", desc=name, disable=name is None)
     if ahead:
         worlds = [Player(model, vae, text[i:i + 1], generator, steps, ahead) for i in range(count)]
-        steps = bar(((worlds[i], action) for i in range(count) for action in walks.actions[i].tolist()), count * frames)
-        video = torch.stack([world.step(action).cpu() for world, action in steps]).unflatten(0, (count, frames))
+        plays = ((worlds[i], action) for i in range(count) for action in walks.actions[i].tolist())
+        video = torch.stack([world.step(action).cpu() for world, action in bar(plays, count * frames)]).unflatten(0, (count, frames))
     else:
         source = stream(model, vae, text, generator, steps, guidance=guidance, actions=lambda made: walks.actions[:, made:made + 1].to(text.device))
         video = torch.cat([video.cpu() for _, video in bar(itertools.islice(source, frames), frames)], dim=1)

@@ -44,7 +44,7 @@ class Player:
         self.model, self.vae, self.generator, self.most = model, vae, generator, most
         self.keys, self.times = model.text_keys(text), model.schedule.timesteps(steps)
         self.cache, self.shape = model.new_cache(1, h, w, ahead=most), (steps, model.config.in_dim, h, w)
-        self.action, self.holds = None, 0.5                 # the last action; how often one stayed, a running mean
+        self.action, self.holds = None, 0.0                 # the last action; how often one stayed, a running mean
         self.shown, self.ahead = [], []                     # latents [1, 1, C, h, w]: shown but not yet in the cache; made but not yet shown
         self.random, self.decoder_state = generator.get_state(), {}
         self.blocks = self.made = self.dropped = 0

@@ -108,7 +108,7 @@ def test_muon_moves_hidden_matrices_orthogonally_and_all_else_as_adamw_does():
 def test_results_stand_in_the_readme_where_its_marker_is(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "WEIGHTS", str(tmp_path / "weights"))
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results/speed.md -->\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n")
+    readme.write_text("before\n<!-- results/speed.md -->\nold\nrows\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n")
     training.write_results(str(tmp_path / "results" / "speed"), {"rows": {"a": 1}}, "| a | \\1 |")
     assert readme.read_text() == "before\n<!-- results/speed.md -->\n| a | \\1 |\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n"
     assert json.loads((tmp_path / "results" / "speed.json").read_text())["rows"] == {"a": 1}
