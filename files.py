@@ -62,7 +62,7 @@ def read_video(path, size=SIZE):
 
 
 def _reason(error):
-    return (str(error).strip().splitlines() or ["it has no frames"])[0]
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or ["it has no frames"])[0]
 
 
 class FrameWriter:
@@ -74,23 +74,30 @@ class FrameWriter:
         self.path, self.kind = path, os.path.splitext(path)[1].lower()
         self.temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part{self.kind}")
         self.picked = {round(i * (total - 1) / 15) for i in range(16)} if self.kind == ".png" else None
-        self.count, self.sheet = 0, []
+        self.count, self.sheet, self.writer = 0, [], None
 
     def __enter__(self):
-        import imageio.v2 as iio
-        options = {".mp4": dict(fps=FPS, codec="libx264", quality=9, macro_block_size=2, ffmpeg_log_level="error"),
-                   ".gif": dict(duration=1000 / FPS, loop=0)}
-        self.writer = iio.get_writer(self.temporary, **options[self.kind]) if self.picked is None else None
         return self
+
+    def _open(self, height, width):
+        """ffmpeg, fed frame by frame: the file grows as the video is made, whatever its length."""
+        import imageio_ffmpeg
+        options = {".mp4": dict(codec="libx264", quality=9, macro_block_size=2),
+                   ".gif": dict(codec="gif", quality=None, macro_block_size=1, pix_fmt_out="pal8",         # a palette of its own for each frame
+                                output_params=["-vf", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none"])}
+        self.writer = imageio_ffmpeg.write_frames(self.temporary, (width, height), fps=FPS, ffmpeg_log_level="quiet", **options[self.kind])
+        self.writer.send(None)
 
     def write(self, video):
         """Append video [F, 3, H, W] in [-1, 1]."""
         for index, frame in enumerate(to_uint8(video), self.count):
             if self.picked is None:
                 try:
-                    self.writer.append_data(frame.numpy())
-                except OSError as error:
-                    raise UserError(f"cannot write {self.path}: {_reason(error)}") from None
+                    if self.writer is None:
+                        self._open(*frame.shape[:2])
+                    self.writer.send(frame.numpy().tobytes())
+                except OSError:                                        # ffmpeg is gone
+                    raise UserError(f"cannot write {self.path}: the video's encoder gave up; is the disk full?") from None
             elif index in self.picked:
                 self.sheet.append(video[index - self.count].cpu())
         self.count += len(video)
@@ -99,8 +106,8 @@ class FrameWriter:
         try:
             if self.writer is not None:
                 self.writer.close()
-                if error is None and self.kind == ".mp4":
-                    self._check()
+            if error is None and self.picked is None:
+                self._check()
             elif error is None:
                 rows = torch.stack(self.sheet)
                 save_sheet(rows.unflatten(0, (-1, 8)) if len(rows) % 8 == 0 else rows[None], self.temporary, columns=16)
