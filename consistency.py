@@ -14,7 +14,7 @@ import torch
 from data import sample_walks, save_sheet
 from evaluate import play_walks
 from model import load_model, save_model
-from teacher import LatentClips, worn
+from teacher import LatentClips, own_past
 from text import load_text_encoder
 from training import EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, train, training_parser
 from vae import load_vae
@@ -70,7 +70,11 @@ def main():
         level = level.to(args.device)
         target.load_state_dict(ema.shadow)
         with autocast(args):
-            loss = consistency_loss(student, target, teacher, worn(x0, times[level], generator), level, times, encoder(prompts).detach(), generator,
+            text = encoder(prompts).detach()
+            if length > 1:                                             # context is what the student made, not data
+                averaged.load_state_dict(slow.shadow)
+                x0 = torch.where((level == args.grid)[..., None, None, None], own_past(averaged, x0, 4, text, actions, generator), x0)
+            loss = consistency_loss(student, target, teacher, x0, level, times, text, generator,
                                     chunk=c.chunk, window=c.window, actions=actions)
         norm = optimise(optimizer, loss)
         ema.update(student, i)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from data import sample_clips
 from model import load_model, save_model
 from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
-from sample import GUIDANCE, denoise_chunk, guided_v, normal, remember_chunk, with_null
+from sample import GUIDANCE, guided_v, rollout, with_null
 from teacher import LatentClips, flow_matching_loss
 from text import load_text_encoder
 from training import EMA, WEIGHTS, adamw, autocast, check_training, optimise, run_main, train, training_parser
@@ -45,22 +45,6 @@ def student_x0(student, x0, text, generator):
     t = schedule.timesteps(STUDENT_STEPS).float()[level].to(x0.device)
     x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0.device), t)
     return schedule.x0(x_t, student(x_t, t, text, chunk=c.chunk, window=c.window).float(), t)
-
-
-def rollout(student, noise, text, generator):
-    """Self Forcing: the student's own clip, chunk by chunk from its own cache exactly as in sampling, noise [B, T, C, h, w] -> x0_hat.
-
-    Each chunk stops after a random number of denoising steps, and the gradient goes through the last of them alone; what later
-    chunks read of it from the cache is a constant.
-    """
-    c, times = student.config, student.schedule.timesteps(STUDENT_STEPS)
-    cache, keys = student.new_cache(len(noise), *noise.shape[-2:]), student.text_keys(text)
-    stops = torch.randint(1, STUDENT_STEPS + 1, (-(-noise.shape[1] // c.chunk),), generator=generator).tolist()
-    x0_hat, more = [], lambda shape: normal(shape, generator).to(noise.device)
-    for chunk, stop in zip(noise.split(c.chunk, dim=1), stops):
-        x0_hat.append(denoise_chunk(student, chunk, times, keys, cache, more, stop=stop))
-        remember_chunk(student, x0_hat[-1], keys, cache)
-    return torch.cat(x0_hat, dim=1)
 
 
 def clip_times(count, frames, schedule, generator, device):
@@ -105,7 +89,7 @@ def main():
         update, numbers = i % args.fake_updates == 0, {}
         with torch.set_grad_enabled(update), autocast(args):
             if args.rollout == "self":
-                x0_hat = rollout(student, torch.randn(x0.shape, generator=generator).to(args.device), text, generator)
+                x0_hat = rollout(student, torch.randn(x0.shape, generator=generator).to(args.device), schedule.timesteps(STUDENT_STEPS), text, generator)
             else:
                 x0_hat = student_x0(student, x0, text, generator)
         t = clip_times(*x0.shape[:2], schedule, generator, args.device)

@@ -65,6 +65,23 @@ def remember_chunk(model, x0, keys, cache, actions=None):
     cache.commit(x0.shape[1])
 
 
+def rollout(model, noise, times, text, generator, actions=None, first=None):
+    """Self Forcing: the model's own clip, chunk by chunk from its own cache exactly as in sampling, noise [B, T, C, h, w] -> x0_hat.
+
+    Each chunk stops after a random number of the denoising steps at times [N + 1], and the gradient goes through the last of them alone;
+    what later chunks read of it from the cache is a constant. actions [B, T]: as for `DiT.forward`. first: a chunk that is given.
+    """
+    c, x0_hat, more = model.config, [], lambda shape: normal(shape, generator).to(noise.device)
+    cache, keys = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text)
+    stops = torch.randint(1, len(times), (-(-noise.shape[1] // c.chunk),), generator=generator).tolist()
+    acts = [None] * len(stops) if actions is None else actions.split(c.chunk, dim=1)
+    for chunk, stop, act in zip(noise.split(c.chunk, dim=1), stops, acts):
+        given = first is not None and not x0_hat
+        x0_hat.append(first if given else denoise_chunk(model, chunk, times, keys, cache, more, stop=stop, actions=act))
+        remember_chunk(model, x0_hat[-1], keys, cache, act)
+    return torch.cat(x0_hat, dim=1)
+
+
 @torch.no_grad()
 def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE), guidance=None, image=None, video=None, strength=1.0, actions=None):
     """Video in constant memory, without end: yields (latents [B, k, C, h, w], video [B, F, 3, H, W]) chunk by chunk.

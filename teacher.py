@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data import ACTIONS, Walks, sample_clips, sample_walks, save_sheet
 from evaluate import fixed_set, health, make_videos, play_walks
 from model import DiT, load_model, save_model
+from sample import rollout
 from text import TextEncoder, load_text_encoder
 from training import (EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, save_weights, train, training_parser)
 from vae import load_vae
@@ -81,12 +82,17 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
     return torch.where(t > 0, error, 0.0).sum() / (t > 0).sum().clamp(min=1)
 
 
-def worn(x0, t, generator):
-    """Context as sampling leaves it, not quite clean: x0 [B, T, C, h, w] with noise of up to 0.4, more or less for each frame, where t [B, T] is 0.
-
-    A model that has seen it corrects what went wrong in its past; one that has only seen data builds upon it."""
-    strength = 0.4 * torch.rand(t.shape, generator=generator) * (t == 0).cpu()
-    return x0 + strength[..., None, None, None].to(x0.device) * torch.randn(x0.shape, generator=generator).to(x0.device)
+@torch.no_grad()
+def own_past(model, x0, steps, text, actions, generator):
+    """The past as the model itself leaves it, where data would be too good: walks that begin as x0 [B, T, C, h, w] and go on in `steps`
+    denoising steps a frame or fewer. Trained to make the data's frames behind it, a model mends what it did wrong; one that has only
+    seen data builds upon it. In every eighth walk each frame is a first guess without a past, a blur: what is lost can come back.
+    """
+    noise, count = torch.randn(x0.shape, generator=generator).to(x0.device), len(x0) // 8
+    made = rollout(model, noise, model.schedule.timesteps(steps), text, generator, actions, first=x0[:, :1])
+    t = torch.ones(count, x0.shape[1], device=x0.device)
+    v = model(noise[:count], t, text[:count], chunk=1, window=1, actions=torch.zeros_like(actions[:count]))
+    return torch.cat([model.schedule.x0(noise[:count], v, t), made[count:]])
 
 
 def with_actions(teacher, layers=4):
@@ -139,7 +145,6 @@ def main():
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
         if causal and not images:
             t = draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
-            x0 = worn(x0, t, generator) if args.actions else x0
         else:
             # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
             # frame's colour, and how far a shape has turned nearer to 0; so a third of the clips get twice the shift, a third a quarter
@@ -147,6 +152,9 @@ def main():
             t = draw_times(count, replace(model.schedule, shift=model.config.shift * scale), generator)[:, None].expand(-1, length)
         with autocast(args):
             text = encoder(prompts) * keep[:, None, None]
+            if args.actions and not images:                                                  # context is what the model made, not data
+                averaged.load_state_dict(ema.shadow)
+                x0 = torch.where((t == 0)[..., None, None, None].to(args.device), own_past(averaged[0], x0, 2, text, actions, generator), x0)
             loss = flow_matching_loss(model, x0, t.to(args.device), text, generator, actions=actions, **attention)
         norm = optimise(optimizer, loss)
         ema.update(both, i)

@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from dmd import clip_times, dmd_loss, rollout, student_x0
+from dmd import clip_times, dmd_loss, student_x0
 from model import DiT, ModelConfig, Schedule
-from sample import stream
+from sample import rollout, stream
 from teacher import flow_matching_loss
 from training import adamw, optimise
 
@@ -102,7 +102,7 @@ def test_a_rollout_is_what_the_student_samples_where_no_chunk_stops_early(monkey
     text, frames = torch.randn(2, 16, 64), 15
     noise = torch.randn(2, frames, 8, 8, 8)
     monkeypatch.setattr(torch, "randint", lambda low, high, size, generator: torch.full(size, high - 1))
-    rolled = rollout(student, noise, text, torch.Generator().manual_seed(0))
+    rolled = rollout(student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0))
 
     chunks, draws = iter(noise.split(3, dim=1)), iter(range(10 ** 6))
     randn, g = torch.randn, torch.Generator().manual_seed(0)      # the stream's first draw of each chunk is the rollout's noise
@@ -117,7 +117,7 @@ def test_a_rollout_takes_the_gradient_through_one_step_of_each_chunk_and_not_thr
     text, noise = torch.randn(1, 16, 64), torch.randn(1, 9, 8, 8, 8, requires_grad=True)
     calls = []
     student.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    x0_hat = rollout(student, noise, text, torch.Generator().manual_seed(0))
+    x0_hat = rollout(student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0))
     assert sum(calls) == 3 and len(calls) > 6
     x0_hat[:, 6:].square().sum().backward()
     assert not noise.grad[:, :6].any()

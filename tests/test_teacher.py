@@ -2,7 +2,7 @@ import torch
 
 from data import ACTIONS, BOUNCE, SPIN, sample_clips, sample_walks
 from model import DiT, ModelConfig, Schedule
-from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss, with_actions, worn
+from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss, own_past, with_actions
 
 
 def test_times_are_shifted_towards_noise():
@@ -68,11 +68,18 @@ def test_clean_frames_do_not_count_in_the_flow_matching_loss():
     assert abs(loss - (eps - x0).square().mean((2, 3, 4))[t > 0].mean()) < 1e-6
 
 
-def test_only_context_is_worn_and_each_frame_as_much_as_it_likes():
-    x0, t = torch.randn(50, 3, 8, 4, 4), torch.tensor([0.0, 0.5, 0.0]).expand(50, 3)
-    change = (worn(x0, t, torch.Generator().manual_seed(0)) - x0).square().mean((2, 3, 4)).sqrt()
-    assert (change[:, 1] == 0).all() and 0.3 < change[:, 0].max() < 0.5 and change[:, 0].min() < 0.1
-    assert not torch.allclose(change[:, 0], change[:, 2])
+def test_the_models_own_past_begins_as_data_goes_on_by_itself_and_is_lost_in_every_eighth_walk():
+    model = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8, chunk=1, window=3, num_actions=len(ACTIONS)))
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    x0, text, actions = torch.randn(8, 5, 8, 4, 4), torch.randn(8, 3, 8), torch.randint(len(ACTIONS), (8, 5))
+    past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))
+    made, other = past(x0), past(torch.cat([x0[:, :1], torch.randn_like(x0[:, 1:])], dim=1))
+    assert torch.equal(made[1:, 0], x0[1:, 0]) and torch.equal(made, other) and not made.requires_grad
+    assert ((made - past(torch.randn_like(x0)))[1:].flatten(2).norm(dim=2) > 1e-3).all()              # every frame follows from the first
+    noise, none = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 1, dtype=torch.long)
+    for f in range(5):
+        v = model(noise[:1, f:f + 1], torch.ones(1, 1), text[:1], chunk=1, actions=none)
+        assert torch.allclose(made[:1, f:f + 1], noise[:1, f:f + 1] - v, atol=1e-5)                   # x0 = eps - v: a guess without a past
 
 
 def test_an_action_model_begins_as_the_teacher_and_knows_nothing_of_actions():
