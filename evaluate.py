@@ -154,7 +154,8 @@ def over_time(kind, model, vae, encoder, seconds=60, count=20, seed=0, batch=5, 
 def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=None, seed=1, name=None, ahead=None):
     """Stream random walks of the action world (NFD) frame by frame -> (video [B, F, 3, 64, 64], measures name -> 0 .. 100).
 
-    action accuracy, frame quality and looks (frames with the prompt's colour, shape and background), each also of the last 10 seconds.
+    action accuracy (`actions_obeyed`; and with walls for the size of the moment), frame quality and looks (frames with the prompt's colour,
+    shape and background), each also of the last 10 seconds.
     ahead: as play.py plays them instead, one after the other, with speculative sampling of at most so many frames."""
     generator = torch.Generator().manual_seed(seed)
     walks = sample_walks(count, frames, generator)
@@ -169,7 +170,8 @@ def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=
         video = torch.cat([video.cpu() for _, video in bar(itertools.islice(source, frames), frames)], dim=1)
     found = recover(video)
     looks = torch.stack([getattr(found, name) == getattr(walks, name)[:, None] for name in ("colour", "shape", "background")]).all(0)
-    measured = {"action accuracy": actions_obeyed(found, walks.actions), "frame quality": frame_quality(video, found), "looks": looks}
+    measured = {"action accuracy": actions_obeyed(found, walks.actions), "at the size of the moment": actions_obeyed(found, walks.actions, True),
+                "frame quality": frame_quality(video, found), "looks": looks}
     return video, {name + part: 100 * value.float()[:, span].mean().item() for part, span in
                    (("", slice(None)), (", last 10 s", slice(-10 * FPS, None))) for name, value in measured.items()}
 

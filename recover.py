@@ -145,11 +145,12 @@ def fit_motions(found, shape):
     return error
 
 
-def actions_obeyed(found, actions):
+def actions_obeyed(found, actions, momentary=False):
     """Which frames after the first show what their action says, walls included: bool [B, F - 1] for actions [B, F].
 
-    Within half a step of where the action takes the shape from where it was in the frame before."""
-    wall = found.radius.median(1, keepdim=True).values * REACH + 1
+    Within half a step of where the action takes the shape from where it was in the frame before. A wall stops a shape of the walk's
+    median size; momentary: of the size in the frame before, which leaves out what is wrong only because the size has changed."""
+    wall = (found.radius[:, :-1] if momentary else found.radius.median(1, keepdim=True).values) * REACH + 1
     right = found.radius[:, 1:] >= SMALLEST
     for at, move in zip((found.x, found.y), (STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]).unbind(-1)):
         goal = torch.minimum(torch.maximum(at[:, :-1] + move, wall), SIZE - wall)

@@ -65,19 +65,21 @@ def remember_chunk(model, x0, keys, cache, actions=None):
     cache.commit(x0.shape[1])
 
 
-def rollout(model, noise, times, text, generator, actions=None, first=None):
+def rollout(model, noise, times, text, generator, first=None, actions=None):
     """Self Forcing: the model's own clip, chunk by chunk from its own cache exactly as in sampling, noise [B, T, C, h, w] -> x0_hat.
 
     Each chunk stops after a random number of the denoising steps at times [N + 1], and the gradient goes through the last of them alone;
-    what later chunks read of it from the cache is a constant. actions [B, T]: as for `DiT.forward`. first: a chunk that is given.
+    what later chunks read of it from the cache is a constant. first [B, F, C, h, w]: the clip goes on from these latents, at most a window
+    of them. actions [B, F + T]: as for `DiT.forward`.
     """
-    c, x0_hat, more = model.config, [], lambda shape: normal(shape, generator).to(noise.device)
-    cache, keys = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text)
+    c, given, more = model.config, 0 if first is None else first.shape[1], lambda shape: normal(shape, generator).to(noise.device)
+    cache, keys, x0_hat = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text), []
+    if given:
+        remember_chunk(model, first, keys, cache, None if actions is None else actions[:, :given])
     stops = torch.randint(1, len(times), (-(-noise.shape[1] // c.chunk),), generator=generator).tolist()
-    acts = [None] * len(stops) if actions is None else actions.split(c.chunk, dim=1)
+    acts = [None] * len(stops) if actions is None else actions[:, given:].split(c.chunk, dim=1)
     for chunk, stop, act in zip(noise.split(c.chunk, dim=1), stops, acts):
-        given = first is not None and not x0_hat
-        x0_hat.append(first if given else denoise_chunk(model, chunk, times, keys, cache, more, stop=stop, actions=act))
+        x0_hat.append(denoise_chunk(model, chunk, times, keys, cache, more, stop=stop, actions=act))
         remember_chunk(model, x0_hat[-1], keys, cache, act)
     return torch.cat(x0_hat, dim=1)
 

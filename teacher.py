@@ -83,16 +83,24 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
 
 
 @torch.no_grad()
-def own_past(model, x0, steps, text, actions, generator):
-    """The past as the model itself leaves it, where data would be too good: walks that begin as x0 [B, T, C, h, w] and go on in `steps`
-    denoising steps a frame or fewer. Trained to make the data's frames behind it, a model mends what it did wrong; one that has only
-    seen data builds upon it. In every eighth walk each frame is a first guess without a past, a blur: what is lost can come back.
+def own_past(model, x0, steps, text, actions, generator, run=4):
+    """The past as the model itself leaves it, where data would be too good: of walks x0 [B, T, C, h, w] the first window as it is, and then
+    each run of 4 frames as the model makes it behind the data, in `steps` denoising steps a frame or fewer. In every eighth walk each
+    frame is a first guess without a past, a blur: what is lost can come back.
+
+    Trained to make the data's frames behind it, a model mends what it did wrong; one that has only seen data builds upon it. Longer runs
+    stray from where the data's shape is, and what is learnt behind them is to jump there.
     """
-    noise, count = torch.randn(x0.shape, generator=generator).to(x0.device), len(x0) // 8
-    made = rollout(model, noise, model.schedule.timesteps(steps), text, generator, actions, first=x0[:, :1])
-    t = torch.ones(count, x0.shape[1], device=x0.device)
-    v = model(noise[:count], t, text[:count], chunk=1, window=1, actions=torch.zeros_like(actions[:count]))
-    return torch.cat([model.schedule.x0(noise[:count], v, t), made[count:]])
+    (B, T), window, device = x0.shape[:2], model.config.window, x0.device
+    noise = torch.randn(x0.shape, generator=generator).to(device)
+    pieces = lambda y, first, last: torch.cat([y[:, s + first:s + last] for s in range(0, T - window - run + 1, run)])
+    count = (T - window) // run
+    made = rollout(model, pieces(noise, window, window + run), model.schedule.timesteps(steps), text.repeat(count, 1, 1), generator,
+                   pieces(x0, 0, window), pieces(actions, 0, window + run))
+    own = torch.cat([x0[:, :window], *made.split(B), x0[:, window + count * run:]], dim=1)
+    lost, t = B // 8, torch.ones(B // 8, T, device=device)
+    v = model(noise[:lost], t, text[:lost], chunk=1, window=1, actions=torch.zeros_like(actions[:lost]))
+    return torch.cat([model.schedule.x0(noise[:lost], v, t), own[lost:]])
 
 
 def with_actions(teacher, layers=4):

@@ -124,7 +124,8 @@ def test_play_walks_measures_what_the_model_streams_and_what_a_player_shows():
     world = (model, VAE(VAEConfig(8, 1, 16, 16, 16)).eval().requires_grad_(False), TextEncoder().requires_grad_(False))
     video, measured = play_walks(*world, count=2, frames=5, steps=1)
     assert video.shape == (2, 5, 3, 64, 64)
-    assert set(measured) == {name + part for name in ("action accuracy", "frame quality", "looks") for part in ("", ", last 10 s")}
+    assert set(measured) == {name + part for name in ("action accuracy", "at the size of the moment", "frame quality", "looks")
+                             for part in ("", ", last 10 s")}
     alone, _ = play_walks(*world, count=1, frames=5, steps=2)
     played, _ = play_walks(*world, count=1, frames=5, steps=2, ahead=1)
     assert torch.allclose(alone, played, atol=1e-4)

@@ -68,18 +68,34 @@ def test_clean_frames_do_not_count_in_the_flow_matching_loss():
     assert abs(loss - (eps - x0).square().mean((2, 3, 4))[t > 0].mean()) < 1e-6
 
 
-def test_the_models_own_past_begins_as_data_goes_on_by_itself_and_is_lost_in_every_eighth_walk():
-    model = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8, chunk=1, window=3, num_actions=len(ACTIONS)))
+def action_model(window=3):
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8, chunk=1, window=window, num_actions=len(ACTIONS)))
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    x0, text, actions = torch.randn(8, 5, 8, 4, 4), torch.randn(8, 3, 8), torch.randint(len(ACTIONS), (8, 5))
-    past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))
-    made, other = past(x0), past(torch.cat([x0[:, :1], torch.randn_like(x0[:, 1:])], dim=1))
-    assert torch.equal(made[1:, 0], x0[1:, 0]) and torch.equal(made, other) and not made.requires_grad
-    assert ((made - past(torch.randn_like(x0)))[1:].flatten(2).norm(dim=2) > 1e-3).all()              # every frame follows from the first
+    return model, torch.randn(8, 9, 8, 4, 4), torch.randn(8, 3, 8), torch.randint(len(ACTIONS), (8, 9))
+
+
+def test_the_models_own_past_is_runs_of_four_frames_behind_data():
+    model, x0, text, actions = action_model()
+    past = lambda x0, actions=actions: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))[1:]
+    changes = lambda other: ((past(x0) - other)[:, :].flatten(2).norm(dim=2) > 1e-4).all(0).tolist()
+    made, late, early, act = past(x0), x0.clone(), x0.clone(), actions.clone()
+    assert torch.equal(made[:, :3], x0[1:, :3]) and torch.equal(made[:, 7:], x0[1:, 7:]) and not made.requires_grad
+    late[:, 3:7] = torch.randn_like(late[:, 3:7])                                        # what the data goes on with is not seen ...
+    assert changes(past(late)) == [False] * 9
+    early[:, 2] = torch.randn_like(early[:, 2])                                          # ... but where it leaves off is, in all four frames
+    assert changes(past(early)) == [False, False] + [True] * 5 + [False] * 2
+    act[:, 4] = (act[:, 4] + 1) % len(ACTIONS)
+    assert changes(past(x0, act)) == [False] * 4 + [True] * 3 + [False] * 2
+
+
+def test_in_every_eighth_walk_the_past_is_lost():
+    model, x0, text, actions = action_model()
+    made = own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))
     noise, none = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 1, dtype=torch.long)
-    for f in range(5):
+    for f in range(9):
         v = model(noise[:1, f:f + 1], torch.ones(1, 1), text[:1], chunk=1, actions=none)
-        assert torch.allclose(made[:1, f:f + 1], noise[:1, f:f + 1] - v, atol=1e-5)                   # x0 = eps - v: a guess without a past
+        assert torch.allclose(made[:1, f:f + 1], noise[:1, f:f + 1] - v, atol=1e-5)      # x0 = eps - v: a guess without a past
 
 
 def test_an_action_model_begins_as_the_teacher_and_knows_nothing_of_actions():
