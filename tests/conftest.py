@@ -1,8 +1,15 @@
 import sys
 
 import pytest
+import torch
 
 from training import run_main
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test begins with the same random state, alone or in the suite."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
