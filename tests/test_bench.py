@@ -54,7 +54,7 @@ def test_the_rows_of_the_action_world():
     model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1, chunk=1, num_actions=5)).eval()
     vae = VAE(VAEConfig(8, 1, 16, 16, 16)).eval()
     with torch.no_grad():
-        rows = bench.play_rows(model, model, vae, TextEncoder(), (64, 64), torch.device("cpu"), 1, 20)
+        rows = bench.play_rows(model, model, vae, TextEncoder(), (64, 64), torch.device("cpu"), 1, 24)
     assert len(rows) == 9 and all(row["frames/s"] > 0 for row in rows.values())
     held, changed = (rows[f"player, 4 steps, the action changes every {n} frames, speculative"] for n in (64, 1))
     assert held["frames a block"] > 1.5 and changed["frames a block"] == 1 and changed["dropped, %"] == 0
