@@ -64,7 +64,7 @@ def main():
 
     def step(i, generator):
         # every fourth step is of images: a first frame has no context, and a walk has only one such
-        count, length = (16 * args.batch_size, 1) if i % 4 == 0 else (args.batch_size, 24)
+        count, length = (16 * args.batch_size, 1) if i % 4 == 0 else (args.batch_size, 32)
         x0, prompts, actions = data.batch(count, length, generator, args.device)
         level = torch.randint(args.grid, x0.shape[:2], generator=generator)
         clean = torch.rand(count, length, generator=generator) < torch.rand(count, 1, generator=generator)

@@ -83,31 +83,33 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
 
 
 @torch.no_grad()
+@torch.no_grad()
 def own_past(model, x0, steps, text, actions, generator, run=4):
-    """The past as the model itself leaves it, where data would be too good: of walks x0 [B, T, C, h, w] the first window as it is, and then
-    each run of 4 frames as the model makes it behind the data, in `steps` denoising steps a frame or fewer. In every eighth walk each
-    frame is a first guess without a past, a blur: what is lost can come back.
+    """The past as the model itself leaves it, where data would be too good: of walks x0 [B, T, C, h, w] the first half window as it is, and
+    then each run of 4 frames as the model makes it behind the data, from the data's own frames noised to a random t in `steps` denoising
+    steps or fewer. In every eighth walk each frame is a first guess without a past, a blur: what is lost can come back.
 
-    Trained to make the data's frames behind it, a model mends what it did wrong; one that has only seen data builds upon it. Longer runs
-    stray from where the data's shape is, and what is learnt behind them is to jump there.
+    Trained to make the data's frames behind it, a model mends what it did wrong; one that has only seen data builds upon it. What strays
+    from where the data's shape is, in longer runs or from nothing but noise, teaches to jump there.
     """
-    (B, T), window, device = x0.shape[:2], model.config.window, x0.device
-    noise = torch.randn(x0.shape, generator=generator).to(device)
-    pieces = lambda y, first, last: torch.cat([y[:, s + first:s + last] for s in range(0, T - window - run + 1, run)])
-    count = (T - window) // run
-    made = rollout(model, pieces(noise, window, window + run), model.schedule.timesteps(steps), text.repeat(count, 1, 1), generator,
-                   pieces(x0, 0, window), pieces(actions, 0, window + run))
-    own = torch.cat([x0[:, :window], *made.split(B), x0[:, window + count * run:]], dim=1)
+    (B, T), given, device = x0.shape[:2], model.config.window // 2, x0.device
+    noise, times = torch.randn(x0.shape, generator=generator).to(device), model.schedule.timesteps(steps)
+    t = 0.25 + 0.75 * torch.rand(1, generator=generator)
+    x_t, times = model.schedule.add_noise(x0, noise, t.to(device)), torch.cat([t, times[times < t]])
+    pieces = lambda y, first, last: torch.cat([y[:, s + first:s + last] for s in range(0, T - given - run + 1, run)])
+    count = (T - given) // run
+    made = rollout(model, pieces(x_t, given, given + run), times, text.repeat(count, 1, 1), generator, pieces(x0, 0, given), pieces(actions, 0, given + run))
+    own = torch.cat([x0[:, :given], *made.split(B), x0[:, given + count * run:]], dim=1)
     lost, t = B // 8, torch.ones(B // 8, T, device=device)
     v = model(noise[:lost], t, text[:lost], chunk=1, window=1, actions=torch.zeros_like(actions[:lost]))
     return torch.cat([model.schedule.x0(noise[:lost], v, t), own[lost:]])
 
 
 def with_actions(teacher, layers=4):
-    """The model of the action world (NFD) that begins as a text-to-video teacher: frame by frame, a window of 8, and of the actions nothing yet.
+    """The model of the action world (NFD) that begins as a text-to-video teacher: frame by frame, a window of 16, and of the actions nothing yet.
 
     It keeps `layers` of the teacher's, evenly spaced: with so few tokens in a frame, depth is what a pass takes its time for."""
-    model = DiT(replace(teacher.config, shift=3.0, chunk=1, window=8, num_actions=len(ACTIONS), num_layers=layers))
+    model = DiT(replace(teacher.config, shift=3.0, chunk=1, window=16, num_actions=len(ACTIONS), num_layers=layers))
     teacher = copy.deepcopy(teacher)
     teacher.blocks = nn.ModuleList(teacher.blocks[i] for i in torch.linspace(0, len(teacher.blocks) - 1, layers).round().int().tolist())
     nn.init.zeros_(model.action_embedding.weight)
@@ -125,7 +127,7 @@ def main():
     torch.manual_seed(args.seed)
     causal, seed = args.causal or args.actions, torch.Generator().manual_seed(0)
     if args.actions:
-        vae, frames = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), 24
+        vae, frames = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), 32
         data = LatentClips(vae, sample_walks(args.clips, 48, seed))
     else:
         vae, frames = load_vae(device=args.device), 21

@@ -68,7 +68,7 @@ def test_clean_frames_do_not_count_in_the_flow_matching_loss():
     assert abs(loss - (eps - x0).square().mean((2, 3, 4))[t > 0].mean()) < 1e-6
 
 
-def action_model(window=3):
+def action_model(window=6):
     torch.manual_seed(0)
     model = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8, chunk=1, window=window, num_actions=len(ACTIONS)))
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
@@ -81,12 +81,25 @@ def test_the_models_own_past_is_runs_of_four_frames_behind_data():
     changes = lambda other: ((past(x0) - other).flatten(2).norm(dim=2) > 1e-4).all(0).tolist()
     made, late, early, act = past(x0), x0.clone(), x0.clone(), actions.clone()
     assert torch.equal(made[:, :3], x0[1:, :3]) and torch.equal(made[:, 7:], x0[1:, 7:]) and not made.requires_grad
-    late[:, 3:7] = torch.randn_like(late[:, 3:7])                                        # what the data goes on with is not seen ...
-    assert changes(past(late)) == [False] * 9
-    early[:, 2] = torch.randn_like(early[:, 2])                                          # ... but where it leaves off is, in all four frames
+    early[:, 2] = torch.randn_like(early[:, 2])                                          # where the data leaves off shows in all four frames,
     assert changes(past(early)) == [False, False] + [True] * 5 + [False] * 2
+    late[:, 5] = torch.randn_like(late[:, 5])                                            # what it goes on with in none before it
+    assert changes(past(late)) == [False] * 5 + [True] * 2 + [False] * 2
     act[:, 4] = (act[:, 4] + 1) % len(ACTIONS)
     assert changes(past(x0, act)) == [False] * 4 + [True] * 3 + [False] * 2
+
+
+def test_the_models_own_past_begins_with_data_noised_to_a_random_time():
+    model, x0, text, actions = action_model()
+    torch.nn.init.zeros_(model.head.head.weight)                                         # v = 0: a frame stays as noisy as it begins
+    found = []
+    for seed in range(32):
+        made = own_past(model, x0, 1, text, actions, torch.Generator().manual_seed(seed))[1:, 3:7]
+        data, noise = x0[1:, 3:7], torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))[1:, 3:7]
+        t = ((made - data) / (noise - data)).median()                                    # x_t = (1 - t) x0 + t eps
+        assert torch.allclose(made, (1 - t) * data + t * noise, atol=1e-4)
+        found.append(t.item())
+    assert 0.25 < min(found) < 0.4 and 0.85 < max(found) < 1
 
 
 def test_in_every_eighth_walk_the_past_is_lost():
