@@ -12,7 +12,7 @@ from data import sample_clips
 from model import load_model, save_model
 from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
 from sample import GUIDANCE, guided_v, rollout, with_null
-from teacher import LatentClips, draw_chunk_times, flow_matching_loss
+from teacher import LatentClips, flow_matching_loss
 from text import load_text_encoder
 from training import EMA, WEIGHTS, adamw, autocast, check_training, optimise, run_main, train, training_parser
 from vae import load_vae
@@ -29,7 +29,7 @@ def dmd_loss(x0_hat, real, fake, schedule, t, eps):
     Returns (loss, mean |x0_hat - x0_real|). No gradient reaches real or fake.
     """
     with torch.no_grad():
-        x_t = schedule.add_noise(x0_hat, eps, t)                       # the student's clip, noised
+        x_t = schedule.add_noise(x0_hat, eps, t)                       # the student's clip, noised to one t for the whole clip
         x0_real, x0_fake = real(x_t), fake(x_t)
         distance = (x0_hat - x0_real).abs().flatten(1).mean(1)
         gradient = (x0_fake - x0_real) / distance.reshape(-1, *[1] * (x0_hat.ndim - 1)).clamp(min=1e-6)
@@ -47,14 +47,8 @@ def student_x0(student, x0, text, generator):
     return schedule.x0(x_t, student(x_t, t, text, chunk=c.chunk, window=c.window).float(), t)
 
 
-def clip_times(count, frames, schedule, generator, device, chunk=None):
-    """The diffusion times at which the scores compare clips [count, frames]: one for each whole clip, uniform over [0.02, 0.98], then shifted.
-
-    chunk: for causal scores, a time of its own for each chunk, as a causal teacher is trained. With x_c behind a clean past they compare
-    p(x_c | x_<c), where the motion is; and KL(p_fake || p_data) = sum_c E KL(p_fake(x_c | x_<c) || p_data(x_c | x_<c)).
-    """
-    if chunk:
-        return draw_chunk_times(count, frames, chunk, schedule, generator).to(device)
+def clip_times(count, frames, schedule, generator, device):
+    """One diffusion time for each whole clip: uniform over [0.02, 0.98], then shifted: [count, frames]."""
     u = 0.02 + 0.96 * torch.rand(count, 1, generator=generator)
     return schedule.shifted(u).expand(-1, frames).to(device)
 
@@ -66,7 +60,7 @@ def main():
     parser.add_argument("--fake-updates", type=int, default=5, help="fake-score updates for each update of the student")
     parser.add_argument("--teacher", default=os.path.join(WEIGHTS, "teacher.safetensors"), help="weights that the scores start from")
     parser.add_argument("--student", default=os.path.join(WEIGHTS, "ode_init.safetensors"), help="weights that the student starts from")
-    parser.add_argument("--causal-scores", action="store_true", help="the teacher is a causal one, and so is the fake score: they judge each chunk behind its past")
+    parser.add_argument("--causal-scores", action="store_true", help="the teacher is a causal one, and so is the fake score")
     parser.add_argument("--rollout", choices=["data", "self"], default="data", help="what the student denoises: noised data (CausVid), "
                         "or noise, chunk after chunk behind its own past (Self Forcing)")
     parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
@@ -98,7 +92,7 @@ def main():
                 x0_hat = rollout(student, torch.randn(x0.shape, generator=generator).to(args.device), schedule.timesteps(STUDENT_STEPS), text, generator)
             else:
                 x0_hat = student_x0(student, x0, text, generator)
-        t = clip_times(*x0.shape[:2], schedule, generator, args.device, attention.get("chunk"))
+        t = clip_times(*x0.shape[:2], schedule, generator, args.device)
         if update:                                                     # one update of the student for five of the fake score
             real = lambda x_t: schedule.x0(x_t, guided_v(teacher, x_t, t, with_null(text), args.guidance, **attention), t)
             eps = torch.randn(x0.shape, generator=generator).to(args.device)

@@ -87,18 +87,6 @@ def test_gradients_reach_the_student_alone_and_the_fake_step_the_fake_score_alon
     assert all(p.grad is None for net in (teacher, student) for p in net.parameters())
 
 
-def test_causal_scores_judge_a_chunk_behind_a_clean_past_and_leave_the_past_alone():
-    (teacher, fake, _), g = networks(), torch.Generator().manual_seed(0)
-    t = clip_times(200, 6, Schedule(shift=3.0), g, "cpu", chunk=3)
-    assert (t[:, :3] == t[:, :1]).all() and (t[:, 3:] == t[:, 3:4]).all() and t.max() < 1
-    behind = (t[:, 0] == 0) & (t[:, 3] > 0)
-    assert 0.1 < behind.float().mean() < 0.25                                               # 1/6: a share of clean chunks from none to all
-    t, x0_hat, text, eps = t[behind][:2], torch.randn(2, 6, 8, 8, 8, requires_grad=True), torch.randn(2, 16, 64), torch.randn(2, 6, 8, 8, 8)
-    predict = lambda net: lambda x_t: net.schedule.x0(x_t, net(x_t, t, text, chunk=3), t)
-    dmd_loss(x0_hat, predict(teacher), predict(fake), teacher.schedule, t, eps)[0].backward()
-    assert not x0_hat.grad[:, :3].any() and x0_hat.grad[:, 3:].any()
-
-
 def test_one_time_per_clip_and_clean_chunks_stay_as_they_are():
     t = clip_times(50, 6, Schedule(shift=3.0), torch.Generator().manual_seed(0), "cpu")
     assert (t == t[:, :1]).all() and t.std() > 0.1 and 0 < t.min() and t.max() < 1
