@@ -5,8 +5,8 @@
 The consistency function f(x_t, t) is where the teacher's probability-flow ODE takes x_t in the end. All points of one path have the
 same end, so f must agree on neighbours, and f(x_0, 0) = x_0 ties it down. In discrete time: the path is one solver step long, on a
 grid. (The continuous-time limit needs forward-mode derivatives through attention and more care to stay stable; here the grid is cheap.)
-The grid is coarse, the player's own times: a frame is nearly certain once the past is known, and what a finer solver adds is the
-teacher's uncertainty of where the shape is, as jitter.
+The grid is coarse, every other of the player's own times: a frame is nearly certain once the past is known, and what a finer solver adds
+is the teacher's uncertainty of where the shape is, as jitter.
 """
 import copy
 import os
@@ -42,9 +42,9 @@ def consistency_loss(student, target, teacher, x0, level, times, text, generator
 
 
 def main():
-    parser = training_parser("Distil the action teacher into a few-step player.", 150, 16, 1e-4, "runs/player")
+    parser = training_parser("Distil the action teacher into a few-step player.", 100, 16, 3e-5, "runs/player")
     parser.add_argument("--teacher", default=os.path.join(WEIGHTS, "action_teacher.safetensors"), help="weights to distil")
-    parser.add_argument("--grid", type=int, default=4, help="steps of the solver that the consistency function follows")
+    parser.add_argument("--grid", type=int, default=2, help="steps of the solver that the consistency function follows")
     parser.add_argument("--clips", type=int, default=3072, help="walks in the training set")
     args = parser.parse_args()
     check_training(args)
