@@ -83,7 +83,6 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def own_past(model, x0, steps, text, actions, generator, run=4):
     """The past as the model itself leaves it, where data would be too good: of walks x0 [B, T, C, h, w] the first half window as it is, and
     then each run of 4 frames as the model makes it behind the data, from the data's own frames noised to a random t in `steps` denoising
