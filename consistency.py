@@ -51,7 +51,7 @@ def main():
     torch.manual_seed(args.seed)
     vae, encoder = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), load_text_encoder(device=args.device)
     teacher = load_model(args.teacher, args.device).requires_grad_(False)
-    data = LatentClips(vae, sample_walks(args.clips, 48, torch.Generator().manual_seed(0)))
+    data = LatentClips(vae, sample_walks(args.clips, 96, torch.Generator().manual_seed(0)))
     student, target, averaged = (copy.deepcopy(teacher) for _ in range(3))
     student.requires_grad_(True).train()
     times, c = teacher.schedule.timesteps(args.grid).float().to(args.device), teacher.config
@@ -65,10 +65,11 @@ def main():
     def step(i, generator):
         # every fourth step is of images: a first frame has no context, and a walk has only one such
         count, length = (16 * args.batch_size, 1) if i % 4 == 0 else (args.batch_size, 32)
-        x0, prompts, actions = data.batch(count, length, generator, args.device)
+        x0, prompts, actions = data.batch(count, length, generator, args.device, c.sink if length > 1 else 0)
         level = torch.randint(args.grid, x0.shape[:2], generator=generator)
         clean = torch.rand(count, length, generator=generator) < torch.rand(count, 1, generator=generator)
         level[clean & (length > 1)] = args.grid                        # context, in each walk a share of its own
+        level[:, c.sink:c.sink + 1] = args.grid                        # and what comes after a gap in time
         level = level.to(args.device)
         target.load_state_dict(ema.shadow)
         with autocast(args):

@@ -99,8 +99,7 @@ def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE),
     """
     c, schedule, (h, w) = model.config, model.schedule, (side // 8 for side in size)
     prompt, noise = text if callable(text) else lambda frames: text, lambda shape: normal(shape, generator).to(now.device)
-    times, frames, shown, encoder_state, decoder_state = schedule.timesteps(steps), 0, None, {}, {}
-    times = torch.cat([times.new_tensor([strength]), times[times < strength]])            # the student's times, from where the video is left
+    times, frames, shown, encoder_state, decoder_state = schedule.timesteps(steps, strength), 0, None, {}, {}
     while True:
         now = prompt(frames)
         if now is not shown:                                           # text keys and values: once for each prompt

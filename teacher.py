@@ -19,7 +19,7 @@ from evaluate import fixed_set, health, make_videos, play_walks
 from model import DiT, load_model, save_model
 from sample import rollout
 from text import TextEncoder, load_text_encoder
-from training import (EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, save_weights, train, training_parser)
+from training import (EMA, WEIGHTS, Muon, UserError, autocast, check_training, optimise, run_main, save_weights, train, training_parser)
 from vae import load_vae
 
 
@@ -31,8 +31,8 @@ class LatentClips:
     """Clips of the shapes world or walks of the action world, and their latents, encoded once and kept in a file beside the runs."""
 
     def __init__(self, vae, clips, folder="runs/latents"):
-        key = hashlib.sha256(vae.encoder[1].weight.detach().cpu().numpy().tobytes()).hexdigest()[:8]
-        path = os.path.join(folder, f"{key}-{len(clips)}.pt")
+        key = hashlib.sha256(b"".join(v.detach().cpu().numpy().tobytes() for v in (vae.encoder[1].weight, *vars(clips).values())))
+        path = os.path.join(folder, f"{key.hexdigest()[:8]}-{len(clips)}.pt")
         if not os.path.exists(path):
             os.makedirs(folder, exist_ok=True)
             torch.save({"latents": self._encode(vae, clips)}, path + ".tmp")
@@ -45,13 +45,14 @@ class LatentClips:
         return torch.cat([vae.encode(clips[i:i + batch].to(vae.mean.device).render()).to("cpu", torch.bfloat16)
                           for i in tqdm(range(0, len(clips), batch), desc="encoding clips", unit="batch")])
 
-    def batch(self, count, frames, generator, device):
-        """`count` random pieces of `frames` latent frames: (x0 [B, T, C, h, w], prompts, actions [B, T] or None). Half begin with the clip."""
+    def batch(self, count, frames, generator, device, sink=0):
+        """`count` random pieces of `frames` latent frames: (x0 [B, T, C, h, w], prompts, actions [B, T] or None). Half begin with the clip.
+        The first `sink` frames of the others are the clip's first all the same, as a cache holds them in the middle of a stream."""
         walks, total = isinstance(self.clips, Walks), self.latents.shape[1]
         index = torch.multinomial(torch.ones(len(self.clips)) if walks else SHARES[self.clips.motion], count, True, generator=generator)
         start = torch.randint(total - frames + 1, (count,), generator=generator)
         start = start * torch.randint(2, (count,), generator=generator)
-        rows, columns = index[:, None], start[:, None] + torch.arange(frames)
+        rows, columns = index[:, None], torch.arange(frames) + start[:, None] * (torch.arange(frames) >= sink)
         actions = None
         if walks:
             actions = self.clips.actions[rows, columns]
@@ -92,23 +93,25 @@ def own_past(model, x0, steps, text, actions, generator, run=4):
     from where the data's shape is, in longer runs or from nothing but noise, teaches to jump there.
     """
     (B, T), given, device = x0.shape[:2], model.config.window // 2, x0.device
-    noise, times = torch.randn(x0.shape, generator=generator).to(device), model.schedule.timesteps(steps)
-    t = 0.25 + 0.75 * torch.rand(1, generator=generator)
-    x_t, times = model.schedule.add_noise(x0, noise, t.to(device)), torch.cat([t, times[times < t]])
-    pieces = lambda y, first, last: torch.cat([y[:, s + first:s + last] for s in range(0, T - given - run + 1, run)])
-    count = (T - given) // run
-    made = rollout(model, pieces(x_t, given, given + run), times, text.repeat(count, 1, 1), generator, pieces(x0, 0, given), pieces(actions, 0, given + run))
-    own = torch.cat([x0[:, :given], *made.split(B), x0[:, given + count * run:]], dim=1)
+    noise = torch.randn(x0.shape, generator=generator).to(device)
+    t = 0.25 + 0.75 * torch.rand(1, generator=generator).item()
+    x_t, times = model.schedule.add_noise(x0, noise, t), model.schedule.timesteps(steps, t)
+    sink, starts = model.config.sink, range(0, T - given - run + 1, run)
+    pieces = lambda y, first, last: torch.cat([y[:, s + first:s + last] for s in starts])
+    past = lambda y, last: torch.cat([y[:, :sink].repeat(len(starts), *(y.ndim - 1) * (1,)), pieces(y, sink, last)], dim=1)
+    made = rollout(model, pieces(x_t, given, given + run), times, text.repeat(len(starts), 1, 1), generator, past(x0, given), past(actions, given + run))
+    own = torch.cat([x0[:, :given], *made.split(B), x0[:, given + len(starts) * run:]], dim=1)
     lost, t = B // 8, torch.ones(B // 8, T, device=device)
     v = model(noise[:lost], t, text[:lost], chunk=1, window=1, actions=torch.zeros_like(actions[:lost]))
     return torch.cat([model.schedule.x0(noise[:lost], v, t), own[lost:]])
 
 
 def with_actions(teacher, layers=4):
-    """The model of the action world (NFD) that begins as a text-to-video teacher: frame by frame, a window of 16, and of the actions nothing yet.
+    """The model of the action world (NFD) that begins as a text-to-video teacher, or as one of its own kind: frame by frame, with a window of
+    16 and the first 4 of all always in it, by which it knows how large the shape is. Of the actions it knows no more than that one.
 
     It keeps `layers` of the teacher's, evenly spaced: with so few tokens in a frame, depth is what a pass takes its time for."""
-    model = DiT(replace(teacher.config, shift=3.0, chunk=1, window=16, num_actions=len(ACTIONS), num_layers=layers))
+    model = DiT(replace(teacher.config, shift=3.0, chunk=1, window=16, sink=4, num_actions=len(ACTIONS), num_layers=layers))
     teacher = copy.deepcopy(teacher)
     teacher.blocks = nn.ModuleList(teacher.blocks[i] for i in torch.linspace(0, len(teacher.blocks) - 1, layers).round().int().tolist())
     nn.init.zeros_(model.action_embedding.weight)
@@ -119,19 +122,22 @@ def with_actions(teacher, layers=4):
 def main():
     parser = training_parser("Train the bidirectional teacher and the text encoder.", 1600, 16, 2e-3, "runs/teacher")
     parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
+    parser.add_argument("--weights", help="for --causal and --actions: begin with these (weights/teacher.safetensors)")
     parser.add_argument("--causal", action="store_true", help="block-causal attention and a time for each chunk, from the shipped teacher on")
     parser.add_argument("--actions", action="store_true", help="the causal teacher of the action world, a frame at a time, from the shipped teacher on")
     args = parser.parse_args()
+    causal, seed = args.causal or args.actions, torch.Generator().manual_seed(0)
+    if args.weights and not causal:
+        raise UserError("--weights goes with --causal or --actions: the bidirectional teacher begins anew, with its text encoder")
     check_training(args)
     torch.manual_seed(args.seed)
-    causal, seed = args.causal or args.actions, torch.Generator().manual_seed(0)
+    model = load_model(args.weights or os.path.join(WEIGHTS, "teacher.safetensors"), args.device) if causal else DiT().to(args.device)
     if args.actions:
         vae, frames = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), 32
-        data = LatentClips(vae, sample_walks(args.clips, 48, seed))
+        data = LatentClips(vae, sample_walks(args.clips, 96, seed))
     else:
         vae, frames = load_vae(device=args.device), 21
         data = LatentClips(vae, sample_clips(args.clips, seed))
-    model = load_model(os.path.join(WEIGHTS, "teacher.safetensors"), args.device) if causal else DiT().to(args.device)
     if args.actions:
         model = with_actions(model)
     encoder = load_text_encoder(device=args.device).requires_grad_(False) if causal else TextEncoder().to(args.device)
@@ -150,10 +156,12 @@ def main():
         images = i % 2 == 0 if args.actions else i < 0.16 * args.steps and not causal
         short = i % 2 and not causal
         count, length = (16 * args.batch_size, 1) if images else (3 * args.batch_size, frames // 3) if short else (args.batch_size, frames)
-        x0, prompts, actions = data.batch(count, length, generator, args.device)
+        x0, prompts, actions = data.batch(count, length, generator, args.device, 0 if images else model.config.sink)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
         if causal and not images:
             t = draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
+            if args.actions:
+                t[:, model.config.sink] = 0                                                  # what comes after a gap in time is given
         else:
             # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
             # frame's colour, and how far a shape has turned nearer to 0; so a third of the clips get twice the shift, a third a quarter

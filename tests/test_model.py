@@ -63,25 +63,37 @@ def masked_reference(model, x, t, text, chunk, window, monkeypatch):
         return model(x, t, text, chunk=chunk)
 
 
+def cached(model, x, t, text, chunk, window):
+    """The clip chunk by chunk, through the cache."""
+    cache, keys, parts = model.new_cache(2, 4, 6, chunk=chunk, window=window), model.text_keys(text), []
+    for part, time in zip(x.split(chunk, dim=1), t.split(chunk, dim=1)):
+        model(part + 1, time, keys, chunk=chunk, window=window, cache=cache)                   # a pass that leaves no trace
+        parts.append(model(part, time, keys, chunk=chunk, window=window, cache=cache))
+        cache.commit(part.shape[1])
+    return torch.cat(parts, dim=1)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("T, k, W", [(6, 1, None), (6, 2, None), (7, 3, None), (8, 1, 3), (10, 2, 2), (15, 3, 3), (9, 3, 1)])
 def test_cache_equals_the_full_forward(T, k, W, dtype, tolerance, monkeypatch):
     model, (x, t, text) = small_model(dtype), clip(T, dtype)
     full = masked_reference(model, x, t, text, k, W, monkeypatch)
     assert (model(x, t, text, chunk=k, window=W) - full).abs().max() < tolerance
-
-    cache, keys = model.new_cache(2, 4, 6, chunk=k, window=W or math.ceil(T / k)), model.text_keys(text)
-    for start in range(0, T, k):
-        part = slice(start, min(start + k, T))
-        model(x[:, part] + 1, t[:, part], keys, chunk=k, window=W, cache=cache)      # a pass that leaves no trace
-        v = model(x[:, part], t[:, part], keys, chunk=k, window=W, cache=cache)
-        cache.commit(v.shape[1])
-        assert (v - full[:, part]).abs().max() < tolerance
+    assert (cached(model, x, t, text, k, W or math.ceil(T / k)) - full).abs().max() < tolerance
 
 
-def test_frames_ahead_that_are_dropped_leave_no_trace_in_the_cache(monkeypatch):
-    model, (x, t, text) = small_model(), clip(9)
-    full = masked_reference(model, x, t, text, 1, 3, monkeypatch)
+@pytest.mark.parametrize("T, k, W, S", [(9, 1, 4, 2), (12, 2, 3, 1), (5, 1, 2, 3)])
+def test_cache_equals_the_full_forward_with_an_attention_sink(T, k, W, S):
+    (x, t, text), without = clip(T), small_model()(*clip(T), chunk=k, window=W)
+    full = small_model(sink=S)(x, t, text, chunk=k, window=W)
+    assert (cached(small_model(sink=S), x, t, text, k, W) - full).abs().max() < 1e-10
+    assert torch.equal(full[:, :W * k], without[:, :W * k]) and not torch.allclose(full[:, W * k:], without[:, W * k:])
+
+
+@pytest.mark.parametrize("sink", [0, 1])
+def test_frames_ahead_that_are_dropped_leave_no_trace_in_the_cache(sink):
+    model, (x, t, text) = small_model(sink=sink), clip(9)
+    full = model(x, t, text, chunk=1, window=3)
     cache, keys, start = model.new_cache(2, 4, 6, chunk=1, window=3, ahead=4), model.text_keys(text), 0
     for kept, dropped in ((1, 3), (2, 2), (4, 0), (1, 0), (1, 3)):
         made = torch.cat([x[:, start:start + kept], torch.randn(2, dropped, *x.shape[2:], dtype=x.dtype)], dim=1)
@@ -178,3 +190,5 @@ def test_score_is_the_gradient_of_the_log_density(schedule):
 def test_shift_maps_the_ends_to_themselves_and_student_times():
     assert torch.allclose(Schedule(shift=3.0).timesteps(4), torch.tensor([1, 0.9, 0.75, 0.5, 0], dtype=torch.float64))
     assert torch.allclose(Schedule().timesteps(4), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
+    for start, expected in ((0.8, [0.8, 0.75, 0.5, 0]), (0.75, [0.75, 0.5, 0]), (0.2, [0.2, 0]), (0, [0])):
+        assert torch.allclose(Schedule(shift=3.0).timesteps(4, start), torch.tensor(expected, dtype=torch.float64))

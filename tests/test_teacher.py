@@ -36,6 +36,10 @@ def test_a_piece_of_a_walk_has_its_actions_and_none_leads_to_its_first_frame():
     assert (frame.diff(dim=1) == 1).all() and frame[:, 0].max() > 0
     assert torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], frame][:, 1:]) and not actions[:, 0].any()
     assert prompts == data.clips[walk].prompts()
+    x0, _, actions = data.batch(200, 24, torch.Generator().manual_seed(0), "cpu", sink=4)                      # the walk's first 4 and what comes later
+    late = x0[:, :, 0, 0, 0].long() % 100
+    assert (late[:, :4] == torch.arange(4)).all() and torch.equal(late[:, 4:], frame[:, 4:])
+    assert torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], late][:, 1:])
 
 
 def test_each_chunk_has_a_time_of_its_own_and_each_clip_a_share_of_clean_ones():
@@ -68,11 +72,11 @@ def test_clean_frames_do_not_count_in_the_flow_matching_loss():
     assert abs(loss - (eps - x0).square().mean((2, 3, 4))[t > 0].mean()) < 1e-6
 
 
-def action_model(window=6):
+def action_model(window=6, sink=0, frames=9):
     torch.manual_seed(0)
-    model = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8, chunk=1, window=window, num_actions=len(ACTIONS)))
+    model = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8, chunk=1, window=window, sink=sink, num_actions=len(ACTIONS)))
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    return model, torch.randn(8, 9, 8, 4, 4), torch.randn(8, 3, 8), torch.randint(len(ACTIONS), (8, 9))
+    return model, torch.randn(8, frames, 8, 4, 4), torch.randn(8, 3, 8), torch.randint(len(ACTIONS), (8, frames))
 
 
 def test_the_models_own_past_is_runs_of_four_frames_behind_data():
@@ -87,6 +91,16 @@ def test_the_models_own_past_is_runs_of_four_frames_behind_data():
     assert changes(past(late)) == [False] * 5 + [True] * 2 + [False] * 2
     act[:, 4] = (act[:, 4] + 1) % len(ACTIONS)
     assert changes(past(x0, act)) == [False] * 4 + [True] * 3 + [False] * 2
+
+
+def test_each_run_of_the_models_own_past_sees_the_first_frames_of_all():
+    model, x0, text, actions = action_model(sink=1, frames=11)
+    past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))[1:]
+    for frame, shows in ((0, True), (1, False)):                                         # the second run is behind frames 0, 5 and 6
+        other = x0.clone()
+        other[:, frame] = torch.randn_like(other[:, frame])
+        changed = (past(other) - past(x0)).flatten(2).norm(dim=2) > 1e-4
+        assert changed[:, 3:7].all() and (changed[:, 7:].all() if shows else not changed[:, 7:].any())
 
 
 def test_the_models_own_past_begins_with_data_noised_to_a_random_time():
