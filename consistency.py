@@ -65,7 +65,7 @@ def main():
     def step(i, generator):
         # every fourth step is of images: a first frame has no context, and a walk has only one such
         count, length = (16 * args.batch_size, 1) if i % 4 == 0 else (args.batch_size, 32)
-        x0, prompts, actions = data.batch(count, length, generator, args.device, c.sink if length > 1 else 0)
+        x0, prompts, actions, past = data.batch(count, length, generator, args.device, c.sink if length > 1 else 0)
         level = torch.randint(args.grid, x0.shape[:2], generator=generator)
         clean = torch.rand(count, length, generator=generator) < torch.rand(count, 1, generator=generator)
         level[clean & (length > 1)] = args.grid                        # context, in each walk a share of its own
@@ -76,7 +76,7 @@ def main():
             text = encoder(prompts).detach()
             if length > 1:                                             # context is what the student made, not data
                 averaged.load_state_dict(slow.shadow)
-                x0 = torch.where((level == args.grid)[..., None, None, None], own_past(averaged, x0, 4, text, actions, generator), x0)
+                x0 = torch.where((level == args.grid)[..., None, None, None], own_past(averaged, past, 4, text, actions, generator), x0)
             loss = consistency_loss(student, target, teacher, x0, level, times, text, generator,
                                     chunk=c.chunk, window=c.window, actions=actions)
         norm = optimise(optimizer, loss)

@@ -183,6 +183,7 @@ class Walks(Batch):
     x: torch.Tensor             # pixels, before the first action
     y: torch.Tensor
     actions: torch.Tensor       # index into ACTIONS
+    drawn: torch.Tensor         # pixels, the radius that is drawn; another than the walls stop is a past whose size has drifted
 
     def prompts(self, generator=None):
         """What the walks look like: "a red circle on a black background". There is one wording: generator is there as for `Clips`."""
@@ -202,7 +203,7 @@ class Walks(Batch):
     def render(self):
         """Draw the walks: video [B, F, 3, 64, 64] in [-1, 1]."""
         x, y = self.track()
-        return draw(self.colour, self.shape, self.background, x, y, self.radius[:, None].expand_as(x), torch.zeros_like(x))
+        return draw(self.colour, self.shape, self.background, x, y, self.drawn[:, None].expand_as(x), torch.zeros_like(x))
 
 
 def sample_walks(count, frames, generator):
@@ -216,7 +217,7 @@ def sample_walks(count, frames, generator):
     held = torch.where(change, torch.arange(frames), 0).cummax(dim=1).values               # the frame at which its action was drawn
     actions = pick(ACTIONS, frames).gather(1, held)
     actions[:, 0] = 0
-    return Walks(pick(COLOURS), pick(SHAPES), pick(BACKGROUNDS), radius, SIZE / 2 + room * uniform(-1, 1), SIZE / 2 + room * uniform(-1, 1), actions)
+    return Walks(pick(COLOURS), pick(SHAPES), pick(BACKGROUNDS), radius, SIZE / 2 + room * uniform(-1, 1), SIZE / 2 + room * uniform(-1, 1), actions, radius)
 
 
 def save_sheet(video, path, columns=8):

@@ -83,7 +83,7 @@ def main():
             network.compile()
 
     def step(i, generator):
-        x0, prompts, _ = data.batch(args.batch_size, data.latents.shape[1], generator, args.device)
+        x0, prompts = data.batch(args.batch_size, data.latents.shape[1], generator, args.device)
         with torch.no_grad():
             text = encoder(prompts)
         update, numbers = i % args.fake_updates == 0, {}

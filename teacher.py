@@ -28,37 +28,44 @@ SHARES = torch.tensor([1.0, 2, 2, 8, 2, 2, 12, 2])
 
 
 class LatentClips:
-    """Clips of the shapes world or walks of the action world, and their latents, encoded once and kept in a file beside the runs."""
+    """Clips of the shapes world or walks of the action world, and their latents, encoded once and kept in a file beside the runs.
+    Walks twice: as they are and, for a past that has drifted, each with a size that is up to 2.5 pixels off."""
 
-    def __init__(self, vae, clips, folder="runs/latents"):
+    def __init__(self, vae, clips):
+        self.clips, self.latents = clips, self._encoded(vae, clips)
+        if isinstance(clips, Walks):
+            off = 5 * torch.rand(len(clips), generator=torch.Generator().manual_seed(0)) - 2.5
+            self.drifted = self._encoded(vae, replace(clips, drawn=clips.radius + off))
+
+    @staticmethod
+    @torch.no_grad()
+    def _encoded(vae, clips, batch=16, folder="runs/latents"):
         key = hashlib.sha256(b"".join(v.detach().cpu().numpy().tobytes() for v in (vae.encoder[1].weight, *vars(clips).values())))
         path = os.path.join(folder, f"{key.hexdigest()[:8]}-{len(clips)}.pt")
         if not os.path.exists(path):
             os.makedirs(folder, exist_ok=True)
-            torch.save({"latents": self._encode(vae, clips)}, path + ".tmp")
+            latents = [vae.encode(clips[i:i + batch].to(vae.mean.device).render()).to("cpu", torch.bfloat16)
+                       for i in tqdm(range(0, len(clips), batch), desc="encoding clips", unit="batch")]
+            torch.save({"latents": torch.cat(latents)}, path + ".tmp")
             os.replace(path + ".tmp", path)
-        self.latents, self.clips = torch.load(path, weights_only=True)["latents"], clips
-
-    @staticmethod
-    @torch.no_grad()
-    def _encode(vae, clips, batch=16):
-        return torch.cat([vae.encode(clips[i:i + batch].to(vae.mean.device).render()).to("cpu", torch.bfloat16)
-                          for i in tqdm(range(0, len(clips), batch), desc="encoding clips", unit="batch")])
+        return torch.load(path, weights_only=True)["latents"]
 
     def batch(self, count, frames, generator, device, sink=0):
-        """`count` random pieces of `frames` latent frames: (x0 [B, T, C, h, w], prompts, actions [B, T] or None). Half begin with the clip.
-        The first `sink` frames of the others are the clip's first all the same, as a cache holds them in the middle of a stream."""
+        """`count` random pieces of `frames` latent frames: (x0 [B, T, C, h, w], prompts). Half begin with the clip. Of walks also actions
+        [B, T] and the past with which to learn x0 [B, T, C, h, w]: pieces that begin later have the walk's first `sink` frames in front,
+        as a cache holds them in the middle of a stream, and behind these the past's size has drifted."""
         walks, total = isinstance(self.clips, Walks), self.latents.shape[1]
         index = torch.multinomial(torch.ones(len(self.clips)) if walks else SHARES[self.clips.motion], count, True, generator=generator)
         start = torch.randint(total - frames + 1, (count,), generator=generator)
         start = start * torch.randint(2, (count,), generator=generator)
         rows, columns = index[:, None], torch.arange(frames) + start[:, None] * (torch.arange(frames) >= sink)
-        actions = None
-        if walks:
-            actions = self.clips.actions[rows, columns]
-            actions[:, 0] = 0                                                                 # nothing comes before the first frame
-            actions = actions.to(device)
-        return self.latents[rows, columns].to(device, torch.float32), self.clips[index].prompts(generator), actions
+        x0, prompts = self.latents[rows, columns].to(device, torch.float32), self.clips[index].prompts(generator)
+        if not walks:
+            return x0, prompts
+        actions = self.clips.actions[rows, columns]
+        actions[:, 0] = 0                                                                     # nothing comes before the first frame
+        drifted = self.drifted[rows, columns[:, sink:]].to(device, torch.float32)
+        return x0, prompts, actions.to(device), torch.cat([x0[:, :sink], drifted], dim=1)
 
 
 def draw_times(count, schedule, generator):
@@ -156,7 +163,8 @@ def main():
         images = i % 2 == 0 if args.actions else i < 0.16 * args.steps and not causal
         short = i % 2 and not causal
         count, length = (16 * args.batch_size, 1) if images else (3 * args.batch_size, frames // 3) if short else (args.batch_size, frames)
-        x0, prompts, actions = data.batch(count, length, generator, args.device, 0 if images else model.config.sink)
+        x0, prompts, *walk = data.batch(count, length, generator, args.device, 0 if images else model.config.sink)
+        actions, past = walk or (None, None)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
         if causal and not images:
             t = draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
@@ -171,7 +179,7 @@ def main():
             text = encoder(prompts) * keep[:, None, None]
             if args.actions and not images:                                                  # context is what the model made, not data
                 averaged.load_state_dict(ema.shadow)
-                x0 = torch.where((t == 0)[..., None, None, None].to(args.device), own_past(averaged[0], x0, 2, text, actions, generator), x0)
+                x0 = torch.where((t == 0)[..., None, None, None].to(args.device), own_past(averaged[0], past, 2, text, actions, generator), x0)
             loss = flow_matching_loss(model, x0, t.to(args.device), text, generator, actions=actions, **attention)
         norm = optimise(optimizer, loss)
         ema.update(both, i)

@@ -1,7 +1,11 @@
+import os
+from types import SimpleNamespace
+
 import torch
 
 from data import ACTIONS, BOUNCE, SPIN, sample_clips, sample_walks
 from model import DiT, ModelConfig, Schedule
+from recover import recover
 from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss, own_past, with_actions
 
 
@@ -19,8 +23,8 @@ def test_motions_that_are_hard_to_learn_are_drawn_more_often():
     data = object.__new__(LatentClips)                                                    # without a VAE: the draw is what is tested
     data.clips = sample_clips(2000, torch.Generator().manual_seed(0))
     data.latents = torch.zeros(2000, 21, 1, 1, 1)
-    x0, prompts, actions = data.batch(20_000, 21, torch.Generator().manual_seed(0), "cpu")
-    assert x0.shape == (20_000, 21, 1, 1, 1) and actions is None
+    x0, prompts = data.batch(20_000, 21, torch.Generator().manual_seed(0), "cpu")
+    assert x0.shape == (20_000, 21, 1, 1, 1)
     share = lambda *words: sum(any(word in prompt for word in words) for prompt in prompts) / len(prompts)
     expected = SHARES[data.clips.motion] / SHARES[data.clips.motion].sum()
     assert abs(share("bouncing") - expected[data.clips.motion == BOUNCE].sum()) < 0.02
@@ -31,15 +35,30 @@ def test_a_piece_of_a_walk_has_its_actions_and_none_leads_to_its_first_frame():
     data = object.__new__(LatentClips)
     data.clips = sample_walks(8, 48, torch.Generator().manual_seed(0))
     data.latents = (100 * torch.arange(8)[:, None] + torch.arange(48)).float()[..., None, None, None]          # which frame of which walk
-    x0, prompts, actions = data.batch(200, 24, torch.Generator().manual_seed(0), "cpu")
+    data.drifted = data.latents + 0.5
+    x0, prompts, actions, past = data.batch(200, 24, torch.Generator().manual_seed(0), "cpu")
     walk, frame = (x0[:, :, 0, 0, 0].long() // 100)[:, 0], x0[:, :, 0, 0, 0].long() % 100
     assert (frame.diff(dim=1) == 1).all() and frame[:, 0].max() > 0
     assert torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], frame][:, 1:]) and not actions[:, 0].any()
-    assert prompts == data.clips[walk].prompts()
-    x0, _, actions = data.batch(200, 24, torch.Generator().manual_seed(0), "cpu", sink=4)                      # the walk's first 4 and what comes later
+    assert prompts == data.clips[walk].prompts() and torch.equal(past, x0 + 0.5)
+    x0, _, actions, past = data.batch(200, 24, torch.Generator().manual_seed(0), "cpu", sink=4)                      # the walk's first 4 and what comes later
     late = x0[:, :, 0, 0, 0].long() % 100
     assert (late[:, :4] == torch.arange(4)).all() and torch.equal(late[:, 4:], frame[:, 4:])
     assert torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], late][:, 1:])
+    assert torch.equal(past[:, :4], x0[:, :4]) and torch.equal(past[:, 4:], x0[:, 4:] + 0.5)
+
+
+def test_a_past_that_has_drifted_shows_the_same_walk_in_another_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae = SimpleNamespace(encoder=[None, SimpleNamespace(weight=torch.zeros(1))], mean=torch.zeros(1), encode=lambda video: video)
+    walks = sample_walks(12, 6, torch.Generator().manual_seed(0))
+    data = LatentClips(vae, walks)
+    as_it_is, drifted = recover(data.latents.float()), recover(data.drifted.float())
+    off = (drifted.radius - as_it_is.radius).mean(1)
+    assert (as_it_is.radius.mean(1) - walks.radius).abs().max() < 0.3 and off.abs().max() < 2.8 and off.min() < -1 and off.max() > 1
+    moved = torch.stack([drifted.x - as_it_is.x, drifted.y - as_it_is.y]).abs()[:, off < 0]                              # what is larger a wall may cut
+    assert moved.max() < 0.2
+    assert len(os.listdir("runs/latents")) == 2 and torch.equal(LatentClips(vae, walks).drifted, data.drifted)
 
 
 def test_each_chunk_has_a_time_of_its_own_and_each_clip_a_share_of_clean_ones():
