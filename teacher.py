@@ -94,7 +94,8 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
 def own_past(model, x0, steps, text, actions, generator, run=4):
     """The past as the model itself leaves it, where data would be too good: of walks x0 [B, T, C, h, w] the first half window as it is, and
     then each run of 4 frames as the model makes it behind the data, from the data's own frames noised to a random t in `steps` denoising
-    steps or fewer. In every eighth walk each frame is a first guess without a past, a blur: what is lost can come back.
+    steps or fewer. Half of the walks also begin with such a run, behind nothing: no stream's first frames are as good as the data's.
+    In every eighth walk each frame is a first guess without a past, a blur: what is lost can come back.
 
     Trained to make the data's frames behind it, a model mends what it did wrong; one that has only seen data builds upon it. What strays
     from where the data's shape is, in longer runs or from nothing but noise, teaches to jump there.
@@ -106,6 +107,8 @@ def own_past(model, x0, steps, text, actions, generator, run=4):
     sink, starts = model.config.sink, range(0, T - given - run + 1, run)
     pieces = lambda y, first, last: torch.cat([y[:, s + first:s + last] for s in starts])
     past = lambda y, last: torch.cat([y[:, :sink].repeat(len(starts), *(y.ndim - 1) * (1,)), pieces(y, sink, last)], dim=1)
+    first = rollout(model, x_t[B // 2:, :run], times, text[B // 2:], generator, actions=actions[B // 2:, :run])
+    x0 = torch.cat([x0[:B // 2], torch.cat([first, x0[B // 2:, run:]], dim=1)])
     made = rollout(model, pieces(x_t, given, given + run), times, text.repeat(len(starts), 1, 1), generator, past(x0, given), past(actions, given + run))
     own = torch.cat([x0[:, :given], *made.split(B), x0[:, given + len(starts) * run:]], dim=1)
     lost, t = B // 8, torch.ones(B // 8, T, device=device)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import teacher
 import vae
 from training import WEIGHTS
 
@@ -15,6 +16,8 @@ STAGES = [("vae.py", ["vae.safetensors"]), ("vae.py --decoder-only", ["vae.safet
           ("vae.py --frame-wise", ["vae_frame.safetensors"]),
           ("teacher.py --clips 16", ["teacher.safetensors", "text_encoder.safetensors"]),
           ("teacher.py --clips 16 --causal", ["causal_teacher.safetensors"]),
+          ("teacher.py --clips 2 --actions --weights " + os.path.join(WEIGHTS, "action_teacher.safetensors"), ["action_teacher.safetensors"]),
+          ("consistency.py --clips 2", ["player.safetensors"]),
           ("ode_init.py --trajectories 16 --solver-steps 4", ["ode_init.safetensors"]),
           ("dmd.py --clips 16", ["student.safetensors"]),
           ("dmd.py --clips 16 --rollout self --causal-scores", ["student.safetensors"])]
@@ -35,3 +38,8 @@ def test_script_trains_and_writes_weights_log_and_sheet(command, files, command_
 def test_bad_flags_end_in_one_line_and_status_2(arguments, words, command_line):
     status, _, err = command_line(vae, *arguments)
     assert status == 2 and words in err.splitlines()[-1]
+
+
+def test_only_a_causal_teacher_begins_with_weights(command_line):
+    status, _, err = command_line(teacher, "--weights", os.path.join(WEIGHTS, "teacher.safetensors"))
+    assert status == 2 and "--causal" in err and len(err.splitlines()) == 1 and not os.listdir()

@@ -100,10 +100,10 @@ def action_model(window=6, sink=0, frames=9):
 
 def test_the_models_own_past_is_runs_of_four_frames_behind_data():
     model, x0, text, actions = action_model()
-    past = lambda x0, actions=actions: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))[1:]
+    past = lambda x0, actions=actions: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))[1:4]
     changes = lambda other: ((past(x0) - other).flatten(2).norm(dim=2) > 1e-4).all(0).tolist()
     made, late, early, act = past(x0), x0.clone(), x0.clone(), actions.clone()
-    assert torch.equal(made[:, :3], x0[1:, :3]) and torch.equal(made[:, 7:], x0[1:, 7:]) and not made.requires_grad
+    assert torch.equal(made[:, :3], x0[1:4, :3]) and torch.equal(made[:, 7:], x0[1:4, 7:]) and not made.requires_grad
     early[:, 2] = torch.randn_like(early[:, 2])                                          # where the data leaves off shows in all four frames,
     assert changes(past(early)) == [False, False] + [True] * 5 + [False] * 2
     late[:, 5] = torch.randn_like(late[:, 5])                                            # what it goes on with in none before it
@@ -114,12 +114,22 @@ def test_the_models_own_past_is_runs_of_four_frames_behind_data():
 
 def test_each_run_of_the_models_own_past_sees_the_first_frames_of_all():
     model, x0, text, actions = action_model(sink=1, frames=11)
-    past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))[1:]
+    past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))
     for frame, shows in ((0, True), (1, False)):                                         # the second run is behind frames 0, 5 and 6
         other = x0.clone()
         other[:, frame] = torch.randn_like(other[:, frame])
-        changed = (past(other) - past(x0)).flatten(2).norm(dim=2) > 1e-4
+        changed = ((past(other) - past(x0)).flatten(2).norm(dim=2) > 1e-4)[1:4]
         assert changed[:, 3:7].all() and (changed[:, 7:].all() if shows else not changed[:, 7:].any())
+
+
+def test_half_of_the_models_own_pasts_begin_with_frames_of_its_own():
+    model, x0, text, actions = action_model(window=12, frames=12)                        # 6 given frames
+    past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))
+    made, other = past(x0), x0.clone()
+    assert torch.equal(made[1:4, :6], x0[1:4, :6]) and torch.equal(made[4:, 4:6], x0[4:, 4:6]) and (made[4:, :4] != x0[4:, :4]).all(1).any()
+    other[:, 0] = torch.randn_like(other[:, 0])                                          # the first is made behind nothing, the others behind it
+    changed = ((past(other) - made).flatten(2).norm(dim=2) > 1e-4)[4:]
+    assert changed[:, :4].all() and not changed[:, 4:6].any()
 
 
 def test_the_models_own_past_begins_with_data_noised_to_a_random_time():
