@@ -232,7 +232,7 @@ def main():
     add("--ablation", action="store_true", help="the paper's Table 4 instead, after training what is missing")
     add("--train-options", default="", help='options for the trainings of --ablation, such as "--steps 600 --batch-size 8" (but =--compile for a single one)')
     add("--over-time", action="store_true", help="measure over a long stream (the paper's Figure 8); with matplotlib also a picture")
-    add("--play", action="store_true", help="the action world instead: the action teacher in 16 steps and the player in 4, over long streams of at most 20 walks")
+    add("--play", action="store_true", help="the action world instead: the action teacher in 16 steps of its ODE and in the player's 4, and the player, over long streams of at most 20 walks")
     add("--seconds", type=int, default=60, help="length of the streams of --over-time and --play, 15 or more")
     add("--clips", type=int, default=200)
     add("--split", default="held-out", choices=["held-out", "train"])
@@ -252,8 +252,8 @@ def main():
     encoder, rows = load_text_encoder(device=device), {}
     if args.play:
         vae, jobs = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), device), []
-        for name, file, steps, guidance, ahead in (("action teacher, 16 steps", "action_teacher", 16, 1, None), ("player, 4 steps", "player", 4, None, None),
-                                                   ("player, 4 steps, speculative", "player", 4, None, 8)):
+        for name, file, steps, guidance, ahead in (("action teacher, 16 steps", "action_teacher", 16, 1, None), ("action teacher, 4 steps", "action_teacher", 4, None, None),
+                                                   ("player, 4 steps", "player", 4, None, None), ("player, 4 steps, speculative", "player", 4, None, 8)):
             model, count = load_model(os.path.join(WEIGHTS, f"{file}.safetensors"), device), min(args.clips, 20)
             rows[name] = play_walks(model, vae, encoder, count, args.seconds * FPS, steps, guidance, args.seed, name, ahead)[1]
     vae, models = load_vae(device=device), [load_model(path, device) for _, _, path in jobs]
