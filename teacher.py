@@ -112,6 +112,8 @@ def own_past(model, x0, steps, text, actions, generator, run=4):
     made = rollout(model, pieces(x_t, given, given + run), times, text.repeat(len(starts), 1, 1), generator, past(x0, given), past(actions, given + run))
     own = torch.cat([x0[:, :given], *made.split(B), x0[:, given + len(starts) * run:]], dim=1)
     lost, t = B // 8, torch.ones(B // 8, T, device=device)
+    if not lost:
+        return own
     v = model(noise[:lost], t, text[:lost], chunk=1, window=1, actions=torch.zeros_like(actions[:lost]))
     return torch.cat([model.schedule.x0(noise[:lost], v, t), own[lost:]])
 

@@ -112,6 +112,12 @@ def test_the_models_own_past_is_runs_of_four_frames_behind_data():
     assert changes(past(x0, act)) == [False] * 4 + [True] * 3 + [False] * 2
 
 
+def test_a_batch_of_one_has_a_past_of_its_own_too():
+    model, x0, text, actions = action_model()
+    made = own_past(model, x0[:1], 2, text[:1], actions[:1], torch.Generator().manual_seed(0))
+    assert made.shape == x0[:1].shape and not torch.equal(made, x0[:1]) and torch.equal(made[:, 7:], x0[:1, 7:])
+
+
 def test_each_run_of_the_models_own_past_sees_the_first_frames_of_all():
     model, x0, text, actions = action_model(sink=1, frames=11)
     past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))
