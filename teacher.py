@@ -144,14 +144,15 @@ def main():
     check_training(args)
     torch.manual_seed(args.seed)
     model = load_model(args.weights or os.path.join(WEIGHTS, "teacher.safetensors"), args.device) if causal else DiT().to(args.device)
+    if model.config.num_actions and not args.actions:
+        raise UserError(f"{args.weights} holds a model of the action world: train it with --actions")
     if args.actions:
+        model = with_actions(model)
         vae, frames = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), 32
         data = LatentClips(vae, sample_walks(args.clips, 96, seed))
     else:
         vae, frames = load_vae(device=args.device), 21
         data = LatentClips(vae, sample_clips(args.clips, seed))
-    if args.actions:
-        model = with_actions(model)
     encoder = load_text_encoder(device=args.device).requires_grad_(False) if causal else TextEncoder().to(args.device)
     attention = dict(chunk=model.config.chunk, window=model.config.window) if causal else {}
     both = nn.ModuleList([model.train(), encoder])

@@ -43,3 +43,5 @@ def test_bad_flags_end_in_one_line_and_status_2(arguments, words, command_line):
 def test_only_a_causal_teacher_begins_with_weights(command_line):
     status, _, err = command_line(teacher, "--weights", os.path.join(WEIGHTS, "teacher.safetensors"))
     assert status == 2 and "--causal" in err and len(err.splitlines()) == 1 and not os.listdir()
+    status, _, err = command_line(teacher, "--causal", "--weights", os.path.join(WEIGHTS, "action_teacher.safetensors"))
+    assert status == 2 and "--actions" in err and len(err.splitlines()) == 1
