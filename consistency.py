@@ -16,7 +16,7 @@ import torch
 from data import sample_walks, save_sheet
 from evaluate import play_walks
 from model import load_model, save_model
-from teacher import LatentClips, own_past
+from teacher import LatentClips, draw_walk_times, own_past
 from text import load_text_encoder
 from training import EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, train, training_parser
 from vae import load_vae
@@ -67,9 +67,8 @@ def main():
         count, length = (16 * args.batch_size, 1) if i % 4 == 0 else (args.batch_size, 32)
         x0, prompts, actions, past = data.batch(count, length, generator, args.device, c.sink if length > 1 else 0)
         level = torch.randint(args.grid, x0.shape[:2], generator=generator)
-        clean = torch.rand(count, length, generator=generator) < torch.rand(count, 1, generator=generator)
-        level[clean & (length > 1)] = args.grid                        # context, in each walk a share of its own
-        level[:, c.sink:c.sink + 1] = args.grid                        # and what comes after a gap in time
+        if length > 1:                                                 # context is where it is in the teacher's training
+            level[draw_walk_times(count, length, c.sink, teacher.schedule, generator) == 0] = args.grid
         level = level.to(args.device)
         target.load_state_dict(ema.shadow)
         with autocast(args):

@@ -81,6 +81,20 @@ def draw_chunk_times(count, frames, chunk, schedule, generator):
     return (draw_times(count * chunks, schedule, generator).view(count, chunks) * noisy).repeat_interleave(chunk, dim=1)[:, :frames]
 
 
+def draw_walk_times(count, frames, sink, schedule, generator):
+    """Diffusion times [count, frames] of walks: for a quarter of them as in Diffusion Forcing. In half of them every other frame is clean: what
+    sampling does most, the next frame behind a clean past. A quarter has blocks of 8 frames with one time, or all clean: what speculative
+    sampling does. These two get four times the shift: behind a clean past only nearly pure noise leaves open where a frame's shape is.
+    Frame `sink`, the first behind a gap in time, is clean: it is given."""
+    t, late = draw_chunk_times(count, frames, 1, schedule, generator), replace(schedule, shift=4 * schedule.shift)
+    turns, blocks = t[1::2], t[2::4]
+    noisy = (torch.arange(frames) + torch.randint(2, (len(turns), 1), generator=generator)) % 2
+    turns.copy_(noisy * draw_times(turns.numel(), late, generator).view_as(turns))
+    blocks.copy_(draw_chunk_times(len(blocks), frames, 8, late, generator))
+    t[:, sink] = 0
+    return t
+
+
 def flow_matching_loss(model, x0, t, text, generator, **attention):
     """E || v(x_t, t, text) - (eps - x0) ||^2 for x0 [B, T, C, h, w] and t [B, T] (flow matching, the denoising loss), over frames with t > 0:
     in a clean one nothing tells eps."""
@@ -98,16 +112,18 @@ def own_past(model, x0, steps, text, actions, generator, run=4):
     In every eighth walk each frame is a first guess without a past, a blur: what is lost can come back.
 
     Trained to make the data's frames behind it, a model mends what it did wrong; one that has only seen data builds upon it. What strays
-    from where the data's shape is, in longer runs or from nothing but noise, teaches to jump there.
+    from where the data's shape is, in longer runs or from so much noise that its place does not show, teaches to jump there, and a jump is
+    an action not obeyed: t is at most 0.6, of the first run, which begins in a blur when sampling, 0.9.
     """
     (B, T), given, device = x0.shape[:2], model.config.window // 2, x0.device
     noise = torch.randn(x0.shape, generator=generator).to(device)
-    t = 0.25 + 0.75 * torch.rand(1, generator=generator).item()
-    x_t, times = model.schedule.add_noise(x0, noise, t), model.schedule.timesteps(steps, t)
+    t = 0.2 + 0.4 * torch.rand(1, generator=generator).item()
+    noised = lambda t: (model.schedule.add_noise(x0, noise, t), model.schedule.timesteps(steps, t))
+    (x_t, times), (x_s, earlier) = noised(t), noised(t + 0.3)
     sink, starts = model.config.sink, range(0, T - given - run + 1, run)
     pieces = lambda y, first, last: torch.cat([y[:, s + first:s + last] for s in starts])
     past = lambda y, last: torch.cat([y[:, :sink].repeat(len(starts), *(y.ndim - 1) * (1,)), pieces(y, sink, last)], dim=1)
-    first = rollout(model, x_t[B // 2:, :run], times, text[B // 2:], generator, actions=actions[B // 2:, :run])
+    first = rollout(model, x_s[B // 2:, :run], earlier, text[B // 2:], generator, actions=actions[B // 2:, :run])
     x0 = torch.cat([x0[:B // 2], torch.cat([first, x0[B // 2:, run:]], dim=1)])
     made = rollout(model, pieces(x_t, given, given + run), times, text.repeat(len(starts), 1, 1), generator, past(x0, given), past(actions, given + run))
     own = torch.cat([x0[:, :given], *made.split(B), x0[:, given + len(starts) * run:]], dim=1)
@@ -165,17 +181,16 @@ def main():
     def step(i, generator):
         # images first: geometry and colours are cheap to learn on single latent frames, sixteen times as many of them; then whole clips
         # and, every other step, three times as many of a third of the length: what a shape does next shows in a few frames.
-        # In the action world every other step is of images: a first frame has no context, and a walk has only one such
-        images = i % 2 == 0 if args.actions else i < 0.16 * args.steps and not causal
+        # In the action world every fourth step is of images: a first frame has no context, and a walk has only one such
+        images = i % 4 == 0 if args.actions else i < 0.16 * args.steps and not causal
         short = i % 2 and not causal
         count, length = (16 * args.batch_size, 1) if images else (3 * args.batch_size, frames // 3) if short else (args.batch_size, frames)
         x0, prompts, *walk = data.batch(count, length, generator, args.device, 0 if images else model.config.sink)
         actions, past = walk or (None, None)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
         if causal and not images:
-            t = draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
-            if args.actions:
-                t[:, model.config.sink] = 0                                                  # what comes after a gap in time is given
+            t = draw_walk_times(count, length, model.config.sink, model.schedule, generator) if args.actions else \
+                draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
         else:
             # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
             # frame's colour, and how far a shape has turned nearer to 0; so a third of the clips get twice the shift, a third a quarter

@@ -6,7 +6,7 @@ import torch
 from data import ACTIONS, BOUNCE, SPIN, sample_clips, sample_walks
 from model import DiT, ModelConfig, Schedule
 from recover import recover
-from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, flow_matching_loss, own_past, with_actions
+from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, draw_walk_times, flow_matching_loss, own_past, with_actions
 
 
 def test_times_are_shifted_towards_noise():
@@ -67,6 +67,19 @@ def test_each_chunk_has_a_time_of_its_own_and_each_clip_a_share_of_clean_ones():
     assert ((t[:, 0] != t[:, 3]) | (t[:, 0] == 0)).all() and abs((t[:, ::3] == 0).float().mean() - 0.5) < 0.03
     clean = (t[:, ::3] == 0).float().mean(1)
     assert ((clean == 0) | (clean == 1)).float().mean() > 0.4                              # half of the clips; a quarter if all had the same share
+
+
+def test_walks_are_of_next_frames_behind_clean_ones_of_blocks_and_of_single_frames_and_what_follows_a_gap_is_given():
+    t = draw_walk_times(8000, 24, 4, Schedule(shift=3.0), torch.Generator().manual_seed(0))
+    assert t.shape == (8000, 24) and not t[:, 4].any()
+    turns, block, single = t[1::2], t[2::4], t[::4]
+    median = lambda t: t[t > 0].median().item()
+    assert abs(median(turns) - 12 / 13) < 0.01 and abs(median(block) - 12 / 13) < 0.01 and abs(median(single) - 3 / 4) < 0.01   # u = 1/2 becomes s / (s + 1)
+    noisy = turns > 0
+    assert not (noisy[:, 1:] & noisy[:, :-1]).any() and abs(noisy[:, 0].float().mean() - 0.5) < 0.03
+    assert (noisy[:, ::2].any(1) != noisy[:, 1::2].any(1)).all() and (noisy.sum(1) >= 11).all()
+    assert (block[:, 8:16] == block[:, 8:9]).all() and ((block[:, 8] > 0) & (block[:, 0] == 0)).any() and abs((block[:, 8] > 0).float().mean() - 0.5) < 0.05
+    assert ((single[:, 1:4] != single[:, :3]) | (single[:, :3] == 0)).all() and abs((single[:, :4] > 0).float().mean() - 0.5) < 0.03
 
 
 def test_flow_matching_loss_is_zero_for_the_true_velocity():
@@ -139,17 +152,20 @@ def test_half_of_the_models_own_pasts_begin_with_frames_of_its_own():
     assert changed[:, :4].all() and not changed[:, 4:6].any()
 
 
-def test_the_models_own_past_begins_with_data_noised_to_a_random_time():
+def test_the_models_own_past_begins_with_data_noised_to_a_random_time_that_leaves_its_place_to_see():
     model, x0, text, actions = action_model()
     torch.nn.init.zeros_(model.head.head.weight)                                         # v = 0: a frame stays as noisy as it begins
     found = []
     for seed in range(32):
-        made = own_past(model, x0, 1, text, actions, torch.Generator().manual_seed(seed))[1:, 3:7]
-        data, noise = x0[1:, 3:7], torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))[1:, 3:7]
-        t = ((made - data) / (noise - data)).median()                                    # x_t = (1 - t) x0 + t eps
-        assert torch.allclose(made, (1 - t) * data + t * noise, atol=1e-4)
-        found.append(t.item())
-    assert 0.25 < min(found) < 0.4 and 0.85 < max(found) < 1
+        made = own_past(model, x0, 1, text, actions, torch.Generator().manual_seed(seed))
+        noise, times = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)), []
+        for piece in (slice(1, None), slice(3, 7)), (slice(4, None), slice(0, 3)):       # a run, and those that the latter half begin with
+            t = ((made - x0)[piece] / (noise - x0)[piece]).median()                      # x_t = (1 - t) x0 + t eps
+            assert torch.allclose(made[piece], (1 - t) * x0[piece] + t * noise[piece], atol=1e-4)
+            times.append(t.item())
+        assert abs(times[1] - times[0] - 0.3) < 1e-4
+        found.append(times[0])
+    assert 0.2 < min(found) < 0.3 and 0.5 < max(found) < 0.6
 
 
 def test_in_every_eighth_walk_the_past_is_lost():
