@@ -51,7 +51,8 @@ def main():
     torch.manual_seed(args.seed)
     vae, encoder = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), load_text_encoder(device=args.device)
     teacher = load_model(args.teacher, args.device).requires_grad_(False)
-    data = LatentClips(vae, sample_walks(args.clips, 96, torch.Generator().manual_seed(0)))
+    with autocast(args):
+        data = LatentClips(vae, sample_walks(args.clips, 96, torch.Generator().manual_seed(0)))
     student, target, averaged = (copy.deepcopy(teacher) for _ in range(3))
     student.requires_grad_(True).train()
     times, c = teacher.schedule.timesteps(args.grid).float().to(args.device), teacher.config

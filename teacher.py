@@ -165,7 +165,8 @@ def main():
     if args.actions:
         model = with_actions(model)
         vae, frames = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), 32
-        data = LatentClips(vae, sample_walks(args.clips, 96, seed))
+        with autocast(args):
+            data = LatentClips(vae, sample_walks(args.clips, 96, seed))
     else:
         vae, frames = load_vae(device=args.device), 21
         data = LatentClips(vae, sample_clips(args.clips, seed))
