@@ -48,14 +48,16 @@ def test_a_piece_of_a_walk_has_its_actions_and_none_leads_to_its_first_frame():
     assert torch.equal(past[:, :4], x0[:, :4]) and torch.equal(past[:, 4:], x0[:, 4:] + 0.5)
 
 
-def test_a_past_that_has_drifted_shows_the_same_walk_in_another_size(tmp_path, monkeypatch):
+def test_a_past_that_has_drifted_shows_the_same_walk_in_a_size_that_is_off_by_chance(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vae = SimpleNamespace(encoder=[None, SimpleNamespace(weight=torch.zeros(1))], mean=torch.zeros(1), encode=lambda video: video)
-    walks = sample_walks(12, 6, torch.Generator().manual_seed(0))
+    walks = sample_walks(100, 2, torch.Generator().manual_seed(0))                       # the seed of the training's walks
     data = LatentClips(vae, walks)
     as_it_is, drifted = recover(data.latents.float()), recover(data.drifted.float())
-    off = (drifted.radius - as_it_is.radius).mean(1)
-    assert (as_it_is.radius.mean(1) - walks.radius).abs().max() < 0.3 and off.abs().max() < 2.8 and off.min() < -1 and off.max() > 1
+    size, other = as_it_is.radius.mean(1), drifted.radius.mean(1)
+    off = other - size
+    assert (size - walks.radius).abs().max() < 0.3 and off.abs().max() < 1.8 and off.min() < -1.3 and off.max() > 1.3
+    assert torch.corrcoef(torch.stack([size, off]))[0, 1].abs() < 0.2
     moved = torch.stack([drifted.x - as_it_is.x, drifted.y - as_it_is.y]).abs()[:, off < 0]                              # what is larger a wall may cut
     assert moved.max() < 0.2
     assert len(os.listdir("runs/latents")) == 2 and torch.equal(LatentClips(vae, walks).drifted, data.drifted)
