@@ -10,17 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def block_causal_mask(frames, chunk, window=None, sink=0):
+def block_causal_mask(frames, chunk, window=None):
     """The mask that everything here computes without ever making it: bool [frames, frames], True where i may see j.
 
     M[i, j] = 1 where floor(j / k) <= floor(i / k), else 0                               (CausVid, "Autoregressive architecture")
     With a window of W chunks also floor(i / k) - floor(j / k) < W: a chunk sees itself and the W - 1 before it.
-    With an attention sink of S chunks the first S of all never leave the window: it is they and the last W - S.
     """
     block = torch.arange(frames) // chunk
-    distance, window = block[:, None] - block[None, :], window or frames
-    sink = min(sink, window - 1)
-    return (distance >= 0) & ((distance < window - sink) | (block < sink))
+    distance = block[:, None] - block[None, :]
+    return (distance >= 0) & (distance < (window or frames))
 
 
 def attend(q, k, v):
@@ -29,22 +27,17 @@ def attend(q, k, v):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def attend_chunks(q, k, v, chunk, window=None, sink=0, table=None):
+def attend_chunks(q, k, v, chunk, window=None):
     """Block-causal attention without a mask: each chunk of queries attends to all keys up to its own end.
 
     q [B, Lq, H, d]: new tokens. k, v [B, Lk, H, d]: those of the past, if any, and then those of the new tokens (Lk >= Lq).
-    chunk: tokens a chunk, the first one starting with the first query; window: chunks that a chunk sees, itself included; sink: how many
-    of them are the first of all, which follow the window at its far end: table, the RoPE of q, turns them on by what lies between.
+    chunk: tokens a chunk, the first one starting with the first query; window: chunks that a chunk sees, itself included.
     """
-    past, sink, outputs = k.shape[1] - q.shape[1], 0 if window is None else min(sink, window - 1) * chunk, []
+    past, outputs = k.shape[1] - q.shape[1], []
     for start in range(0, q.shape[1], chunk):
         end = past + min(start + chunk, q.shape[1])
         gone = 0 if window is None else max(0, past + start - (window - 1) * chunk)          # tokens that have left the window
-        keys, values = k[:, gone:end], v[:, gone:end]
-        if sink and gone:
-            first = rotate(k[:, :sink], table[gone] * table[0].conj())
-            keys, values = torch.cat([first, keys[:, sink:]], dim=1), torch.cat([v[:, :sink], values[:, sink:]], dim=1)
-        outputs.append(attend(q[:, start:start + chunk], keys, values))
+        outputs.append(attend(q[:, start:start + chunk], k[:, gone:end], v[:, gone:end]))
     return torch.cat(outputs, dim=1)
 
 
@@ -80,20 +73,18 @@ def rotate(x, table):
 # --------------------------------------------------------------------------------------------------------------- cache
 class KVCache:
     """Keys and values of the last W - 1 chunks, for every layer, with room for the chunk in the making (Algorithm 2).
-    The first `sink` of all chunks can be among them for good: an attention sink, by which what they show is not forgotten.
 
     `put` writes the keys and values of the chunk in the making behind those of the past and returns both together; doing so
     again overwrites them. `commit` makes the last ones written part of the past. When the window is full, `commit` drops the
-    oldest chunk behind the sink and moves the rest forward, in memory and in time: RoPE is relative, so turning the kept keys back
+    oldest chunk and moves the rest forward, in memory and in time: RoPE is relative, so turning the kept keys back
     by as many frames as they move changes no attention weight, and positions never leave 0 .. W k - 1, however long
     the stream is.
     """
 
-    def __init__(self, layers, batch, chunk, window, height, width, heads, head_dim, device=None, dtype=torch.float32, ahead=1, sink=0):
-        """chunk: latent frames a chunk; window: chunks attended to, the chunk in the making and the sink included; height, width: tokens.
+    def __init__(self, layers, batch, chunk, window, height, width, heads, head_dim, device=None, dtype=torch.float32, ahead=1):
+        """chunk: latent frames a chunk; window: chunks attended to, the chunk in the making included; height, width: tokens.
         ahead: how many chunks can be in the making at once (speculative sampling)."""
         self.chunk, self.window, self.tokens, self.head_dim = chunk, window, height * width, head_dim
-        self.sink = min(sink, window - 1)
         self.frames = 0                                            # latent frames of the past held now
         shape = (layers, batch, (window - 1 + ahead) * chunk * self.tokens, heads, head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -114,10 +105,10 @@ class KVCache:
         self.frames += frames
         drop = self.frames - (self.window - 1) * self.chunk
         if drop > 0:
-            first, old, new = (n * self.tokens for n in (self.sink * self.chunk, drop, self.frames))
+            old, new = drop * self.tokens, self.frames * self.tokens
             shift = rope_angles(self.head_dim, 1, 1, 1, start=-drop, device=self.k.device)
-            self.k[:, :, first:new - old] = rotate(self.k[:, :, first + old:new], rope_table(shift, self.k.dtype))
-            self.v[:, :, first:new - old] = self.v[:, :, first + old:new].clone()
+            self.k[:, :, :new - old] = rotate(self.k[:, :, old:new], rope_table(shift, self.k.dtype))
+            self.v[:, :, :new - old] = self.v[:, :, old:new].clone()
             self.frames -= drop
 
 
@@ -133,15 +124,15 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
 
-    def forward(self, x, table, chunk=None, window=None, sink=0, cache=None, layer=0):
-        """x [B, L, D]; table: RoPE of the L tokens; chunk in tokens, window and sink in chunks -> [B, L, D]."""
+    def forward(self, x, table, chunk=None, window=None, cache=None, layer=0):
+        """x [B, L, D]; table: RoPE of the L tokens; chunk in tokens, window in chunks -> [B, L, D]."""
         heads = lambda y: y.unflatten(-1, (self.num_heads, -1))
         q = rotate(heads(self.norm_q(self.q(x))), table)
         k = rotate(heads(self.norm_k(self.k(x))), table)
         v = heads(self.v(x))
         if cache is not None:
             k, v = cache.put(layer, k, v)
-        y = attend(q, k, v) if chunk is None else attend_chunks(q, k, v, chunk, window, sink, table)
+        y = attend(q, k, v) if chunk is None else attend_chunks(q, k, v, chunk, window)
         return self.o(y.flatten(2))
 
 

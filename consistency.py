@@ -66,10 +66,10 @@ def main():
     def step(i, generator):
         # every fourth step is of images: a first frame has no context, and a walk has only one such
         count, length = (16 * args.batch_size, 1) if i % 4 == 0 else (args.batch_size, 32)
-        x0, prompts, actions, past = data.batch(count, length, generator, args.device, c.sink if length > 1 else 0)
+        x0, prompts, actions, past = data.batch(count, length, generator, args.device)
         level = torch.randint(args.grid, x0.shape[:2], generator=generator)
         if length > 1:                                                 # context is where it is in the teacher's training
-            level[draw_walk_times(count, length, c.sink, teacher.schedule, generator) == 0] = args.grid
+            level[draw_walk_times(count, length, teacher.schedule, generator) == 0] = args.grid
         level = level.to(args.device)
         target.load_state_dict(ema.shadow)
         with autocast(args):

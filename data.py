@@ -170,6 +170,7 @@ def sample_clips(count, generator, split="train"):
 # --------------------------------------------------------------------------------------------------- the action world
 ACTIONS = {"none": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 STEP = 2.0                                    # pixels that an action moves the shape by
+RADIUS = 12.5                                 # pixels, of each shape: neither prompt nor action says how large one is, and walls depend on it
 
 
 @dataclass
@@ -179,11 +180,10 @@ class Walks(Batch):
     colour: torch.Tensor        # index into COLOURS
     shape: torch.Tensor         # index into SHAPES
     background: torch.Tensor    # index into BACKGROUNDS
-    radius: torch.Tensor        # pixels
     x: torch.Tensor             # pixels, before the first action
     y: torch.Tensor
     actions: torch.Tensor       # index into ACTIONS
-    drawn: torch.Tensor         # pixels, the radius that is drawn; another than the walls stop is a past whose size has drifted
+    radius: torch.Tensor        # pixels, that is drawn; another than RADIUS, which the walls stop, is a past whose size has drifted
 
     def prompts(self, generator=None):
         """What the walks look like: "a red circle on a black background". There is one wording: generator is there as for `Clips`."""
@@ -193,17 +193,17 @@ class Walks(Batch):
 
     def track(self):
         """Where the shape is: x, y [B, F] in pixels."""
-        wall = (self.radius * REACH + 1)[:, None]
+        wall = RADIUS * REACH + 1
         at, places = torch.stack([self.x, self.y], dim=-1), []
         for move in (STEP * torch.tensor(list(ACTIONS.values()), dtype=at.dtype, device=at.device))[self.actions].unbind(1):
-            at = torch.minimum(torch.maximum(at + move, wall), SIZE - wall)
+            at = (at + move).clamp(wall, SIZE - wall)
             places.append(at)
         return torch.stack(places, dim=1).unbind(-1)
 
     def render(self):
         """Draw the walks: video [B, F, 3, 64, 64] in [-1, 1]."""
         x, y = self.track()
-        return draw(self.colour, self.shape, self.background, x, y, self.drawn[:, None].expand_as(x), torch.zeros_like(x))
+        return draw(self.colour, self.shape, self.background, x, y, self.radius[:, None].expand_as(x), torch.zeros_like(x))
 
 
 def sample_walks(count, frames, generator):
@@ -211,13 +211,13 @@ def sample_walks(count, frames, generator):
     every frame to one in 32. The first action is none: nothing comes before the first frame."""
     uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
     pick = lambda table, *more: torch.randint(len(table), (count, *more), generator=generator)
-    radius = uniform(10, 15)
-    room = SIZE / 2 - REACH * radius - 1
+    room = SIZE / 2 - REACH * RADIUS - 1
     change = torch.rand(count, frames, generator=generator) < 2 ** uniform(-5, 0)[:, None]
     held = torch.where(change, torch.arange(frames), 0).cummax(dim=1).values               # the frame at which its action was drawn
     actions = pick(ACTIONS, frames).gather(1, held)
     actions[:, 0] = 0
-    return Walks(pick(COLOURS), pick(SHAPES), pick(BACKGROUNDS), radius, SIZE / 2 + room * uniform(-1, 1), SIZE / 2 + room * uniform(-1, 1), actions, radius)
+    return Walks(pick(COLOURS), pick(SHAPES), pick(BACKGROUNDS), SIZE / 2 + room * uniform(-1, 1), SIZE / 2 + room * uniform(-1, 1), actions,
+                 torch.full((count,), RADIUS))
 
 
 def save_sheet(video, path, columns=8):

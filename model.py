@@ -88,7 +88,6 @@ class ModelConfig:
     shift: float = 5.0          # timestep shift that the model was trained with and samples with
     chunk: int = 3              # k, latent frames a chunk when used causally
     window: int = 4             # W, chunks that a chunk sees when used causally, itself included
-    sink: int = 0               # S, of them the first chunks of all, which stay in view (attention sink)
     num_actions: int = 0        # actions that lead from frame to frame (NFD); 0: a text-to-video model
 
 
@@ -176,14 +175,14 @@ class DiT(nn.Module):
         """An empty KVCache for latents of height x width; chunk and window default to the config's. ahead: see there."""
         c, weight = self.config, self.patch_embedding.weight
         return KVCache(c.num_layers, batch, chunk or c.chunk, window or c.window, height // c.patch_size[1],
-                       width // c.patch_size[2], c.num_heads, c.dim // c.num_heads, weight.device, weight.dtype, ahead, c.sink)
+                       width // c.patch_size[2], c.num_heads, c.dim // c.num_heads, weight.device, weight.dtype, ahead)
 
     def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None, actions=None):
         """Predict v for noisy latents.
 
         x_t [B, T, C, h, w]; t [B, T] in [0, 1], one per latent frame; text [B, S, text_dim], or what `text_keys` made of it.
         chunk=None: bidirectional over all that is given. chunk=k: block-causal, chunks of k latent frames, of which each
-        sees itself and the window - 1 before it (None: all), or the first ones of all in place of the earliest of these, if the config has a sink. cache: the new chunks come after the cache's past, whose keys they see.
+        sees itself and the window - 1 before it (None: all). cache: the new chunks come after the cache's past, whose keys they see.
         actions [B, T]: the action that leads to each frame, for a model that has actions.
         -> v, shaped as x_t. Raises ValueError for latents that do not split into patches, and for actions where there are none.
         """
@@ -207,7 +206,7 @@ class DiT(nn.Module):
         table = rope_table(rope_angles(c.dim // c.num_heads, *grid, start, x.device), x.dtype)
         tokens = chunk * grid[1] * grid[2] if chunk is not None else None
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation, keys[layer], table=table, chunk=tokens, window=window, sink=c.sink, cache=cache, layer=layer)
+            x = block(x, modulation, keys[layer], table=table, chunk=tokens, window=window, cache=cache, layer=layer)
 
         x = self.head(x, time).unflatten(-1, (pt, ph, pw, c.out_dim)).unflatten(1, grid)
         return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(B, T, c.out_dim, h, w).to(x_t.dtype)

@@ -29,14 +29,13 @@ SHARES = torch.tensor([1.0, 2, 2, 8, 2, 2, 12, 2])
 
 class LatentClips:
     """Clips of the shapes world or walks of the action world, and their latents, encoded once and kept in a file beside the runs.
-    Walks twice: as they are and, for a past that has drifted, each in a size that is off by up to 1.5 pixels, whatever its own is: if the
-    wrong size told the right one, none would look back for it."""
+    Walks twice: as they are and, for a past that has drifted, each in a size that is off by up to 1.5 pixels."""
 
     def __init__(self, vae, clips):
         self.clips, self.latents = clips, self._encoded(vae, clips)
         if isinstance(clips, Walks):
-            off = 3 * torch.rand(len(clips), generator=torch.Generator().manual_seed(1)) - 1.5       # seed 0 is the walks' own
-            self.drifted = self._encoded(vae, replace(clips, drawn=clips.radius + off))
+            off = 3 * torch.rand(len(clips), generator=torch.Generator().manual_seed(0)) - 1.5
+            self.drifted = self._encoded(vae, replace(clips, radius=clips.radius + off))
 
     @staticmethod
     @torch.no_grad()
@@ -51,22 +50,20 @@ class LatentClips:
             os.replace(path + ".tmp", path)
         return torch.load(path, weights_only=True)["latents"]
 
-    def batch(self, count, frames, generator, device, sink=0):
+    def batch(self, count, frames, generator, device):
         """`count` random pieces of `frames` latent frames: (x0 [B, T, C, h, w], prompts). Half begin with the clip. Of walks also actions
-        [B, T] and the past with which to learn x0 [B, T, C, h, w]: pieces that begin later have the walk's first `sink` frames in front,
-        as a cache holds them in the middle of a stream, and behind these the past's size has drifted."""
+        [B, T] and the past with which to learn x0 [B, T, C, h, w], whose size has drifted."""
         walks, total = isinstance(self.clips, Walks), self.latents.shape[1]
         index = torch.multinomial(torch.ones(len(self.clips)) if walks else SHARES[self.clips.motion], count, True, generator=generator)
         start = torch.randint(total - frames + 1, (count,), generator=generator)
         start = start * torch.randint(2, (count,), generator=generator)
-        rows, columns = index[:, None], torch.arange(frames) + start[:, None] * (torch.arange(frames) >= sink)
+        rows, columns = index[:, None], torch.arange(frames) + start[:, None]
         x0, prompts = self.latents[rows, columns].to(device, torch.float32), self.clips[index].prompts(generator)
         if not walks:
             return x0, prompts
         actions = self.clips.actions[rows, columns]
         actions[:, 0] = 0                                                                     # nothing comes before the first frame
-        drifted = self.drifted[rows, columns[:, sink:]].to(device, torch.float32)
-        return x0, prompts, actions.to(device), torch.cat([x0[:, :sink], drifted], dim=1)
+        return x0, prompts, actions.to(device), self.drifted[rows, columns].to(device, torch.float32)
 
 
 def draw_times(count, schedule, generator):
@@ -82,17 +79,15 @@ def draw_chunk_times(count, frames, chunk, schedule, generator):
     return (draw_times(count * chunks, schedule, generator).view(count, chunks) * noisy).repeat_interleave(chunk, dim=1)[:, :frames]
 
 
-def draw_walk_times(count, frames, sink, schedule, generator):
+def draw_walk_times(count, frames, schedule, generator):
     """Diffusion times [count, frames] of walks: for a quarter of them as in Diffusion Forcing. In half of them every other frame is clean: what
     sampling does most, the next frame behind a clean past. A quarter has blocks of 8 frames with one time, or all clean: what speculative
-    sampling does. These two get four times the shift: behind a clean past only nearly pure noise leaves open where a frame's shape is.
-    Frame `sink`, the first behind a gap in time, is clean: it is given."""
-    t, late = draw_chunk_times(count, frames, 1, schedule, generator), replace(schedule, shift=4 * schedule.shift)
+    sampling does. Behind a clean past only nearly pure noise leaves open where a frame's shape is: Diffusion Forcing gets a quarter of the shift."""
+    t = draw_chunk_times(count, frames, 1, replace(schedule, shift=schedule.shift / 4), generator)
     turns, blocks = t[1::2], t[2::4]
     noisy = (torch.arange(frames) + torch.randint(2, (len(turns), 1), generator=generator)) % 2
-    turns.copy_(noisy * draw_times(turns.numel(), late, generator).view_as(turns))
-    blocks.copy_(draw_chunk_times(len(blocks), frames, 8, late, generator))
-    t[:, sink] = 0
+    turns.copy_(noisy * draw_times(turns.numel(), schedule, generator).view_as(turns))
+    blocks.copy_(draw_chunk_times(len(blocks), frames, 8, schedule, generator))
     return t
 
 
@@ -121,12 +116,11 @@ def own_past(model, x0, steps, text, actions, generator, run=4):
     t = 0.2 + 0.4 * torch.rand(1, generator=generator).item()
     noised = lambda t: (model.schedule.add_noise(x0, noise, t), model.schedule.timesteps(steps, t))
     (x_t, times), (x_s, earlier) = noised(t), noised(t + 0.3)
-    sink, starts = model.config.sink, range(0, T - given - run + 1, run)
+    starts = range(0, T - given - run + 1, run)
     pieces = lambda y, first, last: torch.cat([y[:, s + first:s + last] for s in starts])
-    past = lambda y, last: torch.cat([y[:, :sink].repeat(len(starts), *(y.ndim - 1) * (1,)), pieces(y, sink, last)], dim=1)
     first = rollout(model, x_s[B // 2:, :run], earlier, text[B // 2:], generator, actions=actions[B // 2:, :run])
     x0 = torch.cat([x0[:B // 2], torch.cat([first, x0[B // 2:, run:]], dim=1)])
-    made = rollout(model, pieces(x_t, given, given + run), times, text.repeat(len(starts), 1, 1), generator, past(x0, given), past(actions, given + run))
+    made = rollout(model, pieces(x_t, given, given + run), times, text.repeat(len(starts), 1, 1), generator, pieces(x0, 0, given), pieces(actions, 0, given + run))
     own = torch.cat([x0[:, :given], *made.split(B), x0[:, given + len(starts) * run:]], dim=1)
     lost, t = B // 8, torch.ones(B // 8, T, device=device)
     if not lost:
@@ -137,10 +131,10 @@ def own_past(model, x0, steps, text, actions, generator, run=4):
 
 def with_actions(teacher, layers=4):
     """The model of the action world (NFD) that begins as a text-to-video teacher, or as one of its own kind: frame by frame, with a window of
-    16 and the first 4 of all always in it, by which it knows how large the shape is. Of the actions it knows no more than that one.
+    16. Of the actions it knows no more than that one.
 
     It keeps `layers` of the teacher's, evenly spaced: with so few tokens in a frame, depth is what a pass takes its time for."""
-    model = DiT(replace(teacher.config, shift=3.0, chunk=1, window=16, sink=4, num_actions=len(ACTIONS), num_layers=layers))
+    model = DiT(replace(teacher.config, shift=12.0, chunk=1, window=16, num_actions=len(ACTIONS), num_layers=layers))
     teacher = copy.deepcopy(teacher)
     teacher.blocks = nn.ModuleList(teacher.blocks[i] for i in torch.linspace(0, len(teacher.blocks) - 1, layers).round().int().tolist())
     nn.init.zeros_(model.action_embedding.weight)
@@ -187,16 +181,16 @@ def main():
         images = i % 4 == 0 if args.actions else i < 0.16 * args.steps and not causal
         short = i % 2 and not causal
         count, length = (16 * args.batch_size, 1) if images else (3 * args.batch_size, frames // 3) if short else (args.batch_size, frames)
-        x0, prompts, *walk = data.batch(count, length, generator, args.device, 0 if images else model.config.sink)
+        x0, prompts, *walk = data.batch(count, length, generator, args.device)
         actions, past = walk or (None, None)
         keep = (torch.rand(count, generator=generator) > 0.1).to(args.device)                # 10% learn the null prompt
         if causal and not images:
-            t = draw_walk_times(count, length, model.config.sink, model.schedule, generator) if args.actions else \
+            t = draw_walk_times(count, length, model.schedule, generator) if args.actions else \
                 draw_chunk_times(count, length, model.config.chunk, model.schedule, generator)
         else:
             # the more latents agree on a thing, the more noise it takes to hide it: a clip's track is decided nearer to t = 1 than a
             # frame's colour, and how far a shape has turned nearer to 0; so a third of the clips get twice the shift, a third a quarter
-            scale = 1 if images else torch.tensor([0.25, 1.0, 2.0])[torch.randint(3, (count,), generator=generator)]
+            scale = (0.25 if args.actions else 1) if images else torch.tensor([0.25, 1.0, 2.0])[torch.randint(3, (count,), generator=generator)]
             t = draw_times(count, replace(model.schedule, shift=model.config.shift * scale), generator)[:, None].expand(-1, length)
         with autocast(args):
             text = encoder(prompts) * keep[:, None, None]

@@ -13,8 +13,6 @@ def test_mask_equals_the_formula():
                     for j in range(T):
                         expected = j // k <= i // k and (W is None or i // k - j // k < W)
                         assert mask[i, j] == expected, (T, k, W, i, j)
-                        if W == 3:                                                    # of three chunks one is the first of all
-                            assert block_causal_mask(T, k, W, sink=1)[i, j] == (j // k <= i // k and (i // k - j // k < 2 or j < k))
 
 
 def test_chunks_equal_masked_attention():
@@ -24,20 +22,6 @@ def test_chunks_equal_masked_attention():
         mask = block_causal_mask(T, k, W).repeat_interleave(4, 0).repeat_interleave(4, 1)
         expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, key, v)), attn_mask=mask).transpose(1, 2)
         assert torch.allclose(attend_chunks(q, key, v, 4 * k, W), expected, atol=1e-12)
-
-
-def test_with_a_sink_what_a_chunk_sees_is_numbered_as_if_nothing_lay_between():
-    g = torch.Generator().manual_seed(0)
-    for T, k, W, S in ((9, 1, 4, 2), (9, 1, 2, 1), (11, 2, 3, 1), (6, 1, 8, 3), (6, 1, 1, 3)):
-        q, key, v = torch.randn(3, 2, T, 4, 2, 8, generator=g, dtype=torch.float64)                         # [B, T, tokens, H, d]
-        place = lambda x, start=0: rotate(x.flatten(1, 2), rope_table(rope_angles(8, x.shape[1], 2, 2, start), torch.float64))
-        table, mask = rope_table(rope_angles(8, T, 2, 2), torch.float64), block_causal_mask(T, k, W, S)
-        made = attend_chunks(place(q), place(key), v.flatten(1, 2), 4 * k, W, S, table).unflatten(1, (T, 4))
-        for i in range(T):
-            seen = mask[i].nonzero()[:, 0]
-            position = (seen == i).nonzero().item()
-            expected = attend(place(q[:, i:i + 1], position), place(key[:, seen]), v[:, seen].flatten(1, 2))
-            assert torch.allclose(made[:, i], expected, atol=1e-10), (T, k, W, S, i)
 
 
 def test_rope_depends_on_distance_alone():
@@ -60,11 +44,3 @@ def test_cache_has_constant_size_and_positions_stay_in_the_window():
         assert kept[0, :, 0, 0].tolist() == [c for c in range(max(0, chunk - 2), chunk + 1) for _ in range(2)]
         cache.commit(2)
         assert cache.frames <= 4 and cache.k.numel() == size
-
-
-def test_the_cache_never_forgets_its_sink():
-    cache = KVCache(layers=1, batch=1, chunk=2, window=4, height=1, width=1, heads=1, head_dim=6, sink=1)
-    for chunk in range(10):
-        kept = cache.put(0, *torch.full((2, 1, 2, 1, 6), float(chunk)))[1]
-        assert kept[0, :, 0, 0].tolist() == [c for c in range(chunk + 1) if c == 0 or c > chunk - 3 for _ in range(2)]
-        cache.commit(2)

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from data import (ACTIONS, BOUNCE, CLOCKWISE, COLOURS, COUNTER, FPS, FRAMES, MOTIONS, PULSE, REACH, RISE, SHAPES, SIZE, SLIDE, SPIN, STEP,
+from data import (ACTIONS, BOUNCE, CLOCKWISE, COLOURS, COUNTER, FPS, FRAMES, MOTIONS, PULSE, RADIUS, REACH, RISE, SHAPES, SIZE, SLIDE, SPIN, STEP,
                   STILL, combinations, sample_clips, sample_walks)
 
 
@@ -91,7 +91,7 @@ def test_prompts_name_every_attribute_in_every_wording():
 def test_each_action_moves_the_shape_by_a_step_and_walls_stop_it():
     walks = sample_walks(200, 60, torch.Generator().manual_seed(0))
     x, y = walks.track()
-    wall = (walks.radius * REACH + 1)[:, None]
+    wall = RADIUS * REACH + 1
     assert ((x >= wall - 1e-4) & (x <= SIZE - wall + 1e-4) & (y >= wall - 1e-4) & (y <= SIZE - wall + 1e-4)).all()
     moves = torch.tensor(list(ACTIONS.values()))[walks.actions[:, 1:]] * STEP
     for at, move in ((x, moves[..., 0]), (y, moves[..., 1])):

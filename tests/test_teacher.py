@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import torch
 
-from data import ACTIONS, BOUNCE, SPIN, sample_clips, sample_walks
+from data import ACTIONS, BOUNCE, RADIUS, SPIN, sample_clips, sample_walks
 from model import DiT, ModelConfig, Schedule
 from recover import recover
 from teacher import SHARES, LatentClips, draw_chunk_times, draw_times, draw_walk_times, flow_matching_loss, own_past, with_actions
@@ -41,23 +41,16 @@ def test_a_piece_of_a_walk_has_its_actions_and_none_leads_to_its_first_frame():
     assert (frame.diff(dim=1) == 1).all() and frame[:, 0].max() > 0
     assert torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], frame][:, 1:]) and not actions[:, 0].any()
     assert prompts == data.clips[walk].prompts() and torch.equal(past, x0 + 0.5)
-    x0, _, actions, past = data.batch(200, 24, torch.Generator().manual_seed(0), "cpu", sink=4)                      # the walk's first 4 and what comes later
-    late = x0[:, :, 0, 0, 0].long() % 100
-    assert (late[:, :4] == torch.arange(4)).all() and torch.equal(late[:, 4:], frame[:, 4:])
-    assert torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], late][:, 1:])
-    assert torch.equal(past[:, :4], x0[:, :4]) and torch.equal(past[:, 4:], x0[:, 4:] + 0.5)
 
 
-def test_a_past_that_has_drifted_shows_the_same_walk_in_a_size_that_is_off_by_chance(tmp_path, monkeypatch):
+def test_a_past_that_has_drifted_shows_the_same_walk_in_another_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vae = SimpleNamespace(encoder=[None, SimpleNamespace(weight=torch.zeros(1))], mean=torch.zeros(1), encode=lambda video: video)
-    walks = sample_walks(100, 2, torch.Generator().manual_seed(0))                       # the seed of the training's walks
+    walks = sample_walks(100, 2, torch.Generator().manual_seed(0))
     data = LatentClips(vae, walks)
     as_it_is, drifted = recover(data.latents.float()), recover(data.drifted.float())
-    size, other = as_it_is.radius.mean(1), drifted.radius.mean(1)
-    off = other - size
-    assert (size - walks.radius).abs().max() < 0.3 and off.abs().max() < 1.8 and off.min() < -1.3 and off.max() > 1.3
-    assert torch.corrcoef(torch.stack([size, off]))[0, 1].abs() < 0.2
+    off = drifted.radius.mean(1) - RADIUS
+    assert (as_it_is.radius - RADIUS).abs().max() < 0.3 and off.abs().max() < 1.8 and off.min() < -1.3 and off.max() > 1.3
     moved = torch.stack([drifted.x - as_it_is.x, drifted.y - as_it_is.y]).abs()[:, off < 0]                              # what is larger a wall may cut
     assert moved.max() < 0.2
     assert len(os.listdir("runs/latents")) == 2 and torch.equal(LatentClips(vae, walks).drifted, data.drifted)
@@ -71,9 +64,9 @@ def test_each_chunk_has_a_time_of_its_own_and_each_clip_a_share_of_clean_ones():
     assert ((clean == 0) | (clean == 1)).float().mean() > 0.4                              # half of the clips; a quarter if all had the same share
 
 
-def test_walks_are_of_next_frames_behind_clean_ones_of_blocks_and_of_single_frames_and_what_follows_a_gap_is_given():
-    t = draw_walk_times(8000, 24, 4, Schedule(shift=3.0), torch.Generator().manual_seed(0))
-    assert t.shape == (8000, 24) and not t[:, 4].any()
+def test_walks_are_of_next_frames_behind_clean_ones_of_blocks_and_of_single_frames():
+    t = draw_walk_times(8000, 24, Schedule(shift=12.0), torch.Generator().manual_seed(0))
+    assert t.shape == (8000, 24)
     turns, block, single = t[1::2], t[2::4], t[::4]
     median = lambda t: t[t > 0].median().item()
     assert abs(median(turns) - 12 / 13) < 0.01 and abs(median(block) - 12 / 13) < 0.01 and abs(median(single) - 3 / 4) < 0.01   # u = 1/2 becomes s / (s + 1)
@@ -106,9 +99,9 @@ def test_clean_frames_do_not_count_in_the_flow_matching_loss():
     assert abs(loss - (eps - x0).square().mean((2, 3, 4))[t > 0].mean()) < 1e-6
 
 
-def action_model(window=6, sink=0, frames=9):
+def action_model(window=6, frames=9):
     torch.manual_seed(0)
-    model = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8, chunk=1, window=window, sink=sink, num_actions=len(ACTIONS)))
+    model = DiT(ModelConfig(dim=48, ffn_dim=64, freq_dim=16, num_heads=2, num_layers=2, text_dim=8, chunk=1, window=window, num_actions=len(ACTIONS)))
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
     return model, torch.randn(8, frames, 8, 4, 4), torch.randn(8, 3, 8), torch.randint(len(ACTIONS), (8, frames))
 
@@ -131,16 +124,6 @@ def test_a_batch_of_one_has_a_past_of_its_own_too():
     model, x0, text, actions = action_model()
     made = own_past(model, x0[:1], 2, text[:1], actions[:1], torch.Generator().manual_seed(0))
     assert made.shape == x0[:1].shape and not torch.equal(made, x0[:1]) and torch.equal(made[:, 7:], x0[:1, 7:])
-
-
-def test_each_run_of_the_models_own_past_sees_the_first_frames_of_all():
-    model, x0, text, actions = action_model(sink=1, frames=11)
-    past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))
-    for frame, shows in ((0, True), (1, False)):                                         # the second run is behind frames 0, 5 and 6
-        other = x0.clone()
-        other[:, frame] = torch.randn_like(other[:, frame])
-        changed = ((past(other) - past(x0)).flatten(2).norm(dim=2) > 1e-4)[1:4]
-        assert changed[:, 3:7].all() and (changed[:, 7:].all() if shows else not changed[:, 7:].any())
 
 
 def test_half_of_the_models_own_pasts_begin_with_frames_of_its_own():
