@@ -10,6 +10,7 @@ is the teacher's uncertainty of where the shape is, as jitter.
 """
 import copy
 import os
+from dataclasses import replace
 
 import torch
 
@@ -55,7 +56,9 @@ def main():
         data = LatentClips(vae, sample_walks(args.clips, 96, torch.Generator().manual_seed(0)))
     student, target, averaged = (copy.deepcopy(teacher) for _ in range(3))
     student.requires_grad_(True).train()
-    times, c = teacher.schedule.timesteps(args.grid).float().to(args.device), teacher.config
+    c = replace(teacher.config, shift=teacher.config.shift / 4)        # few steps: the last must not begin where a first frame is a blur
+    student.config = target.config = averaged.config = c
+    times = student.schedule.timesteps(args.grid).float().to(args.device)
     ema, slow = EMA(student, 0.95), EMA(student, 0.998)                # f^-, and what is sampled from and shipped
     optimizer = Muon(student.blocks.parameters(), student.parameters(), args.lr)
 
