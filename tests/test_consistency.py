@@ -1,8 +1,12 @@
+import os
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from consistency import consistency_loss
-from model import Schedule
+from model import Schedule, load_model
+from training import WEIGHTS
 
 MU, S, N = 0.7, 0.5, 48
 SCHEDULE = Schedule(shift=2.0)
@@ -76,3 +80,8 @@ def test_gradients_reach_the_student_alone_and_each_frame_has_its_own_time():
     loss_of(student, target, torch.randn(2, 3, 1, 1, 1, dtype=torch.float64), level, 0).backward()
     assert torch.equal(seen[0], TIMES[level])
     assert target.a.grad is None and student.a.grad[[0, 1, 3, 5]].abs().min() > 0 and student.a.grad[[2, 4]].abs().max() == 0
+
+
+def test_the_shipped_player_is_its_teacher_with_a_quarter_of_the_shift():
+    teacher, player = (load_model(os.path.join(WEIGHTS, name + ".safetensors")) for name in ("action_teacher", "player"))
+    assert player.config == replace(teacher.config, shift=teacher.config.shift / 4)
