@@ -8,7 +8,7 @@ import pytest
 
 import teacher
 import vae
-from training import WEIGHTS
+from training import WEIGHTS, load_weights
 
 ROOT = os.path.dirname(WEIGHTS)
 SMALL = ("--steps", "3", "--out", "out", "--batch-size", "1")
@@ -29,6 +29,8 @@ def test_script_trains_and_writes_weights_log_and_sheet(command, files, command_
     done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags, *SMALL], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert set(os.listdir(tmp_path / "out")) == {"checkpoint.pt", "log.jsonl", "sheet.png", *files}
+    for name in set(files) & set(os.listdir(WEIGHTS)):                                     # and what is shipped was made as this is
+        assert load_weights(tmp_path / "out" / name)[1] == load_weights(os.path.join(WEIGHTS, name))[1]
     status, _, err = command_line(importlib.import_module(script.removesuffix(".py")), *flags, *SMALL)
     assert status == 2 and "--resume" in err.splitlines()[-1]                              # nothing is overwritten
 
