@@ -5,6 +5,7 @@ CausVid's "Autoregressive architecture" and "Efficient inference with KV caching
 Training on a whole clip and sampling with a cache are one computation: `attend_chunks` attends each chunk's queries to all keys
 up to the end of that chunk. In training the keys are the clip's own; in sampling those of past chunks come from the cache.
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -36,8 +37,10 @@ def attend_chunks(q, k, v, chunk, window=None):
     past, outputs = k.shape[1] - q.shape[1], []
     for start in range(0, q.shape[1], chunk):
         end = past + min(start + chunk, q.shape[1])
-        gone = 0 if window is None else max(0, past + start - (window - 1) * chunk)          # tokens that have left the window
-        outputs.append(attend(q[:, start:start + chunk], k[:, gone:end], v[:, gone:end]))
+        gone = (
+            0 if window is None else max(0, past + start - (window - 1) * chunk)
+        )  # tokens that have left the window
+        outputs.append(attend(q[:, start : start + chunk], k[:, gone:end], v[:, gone:end]))
     return torch.cat(outputs, dim=1)
 
 
@@ -51,17 +54,27 @@ def rope_angles(head_dim, frames, height, width, start=0, device=None):
     share = 2 * (head_dim // 6)
     axes = ((frames, head_dim - 2 * share, start), (height, share, 0), (width, share, 0))
     # angle of pair i at position p on an axis of n channels: p * 10000^(-2 i / n)
-    angles = [torch.outer(torch.arange(first, first + size, dtype=torch.float64, device=device),
-                          10000.0 ** -(torch.arange(0, n, 2, dtype=torch.float64, device=device) / n))
-              for size, n, first in axes]
-    t, y, x = (a.view([size if i == axis else 1 for i in range(3)] + [-1]).expand(frames, height, width, -1)
-               for axis, (a, size) in enumerate(zip(angles, (frames, height, width))))
+    angles = [
+        torch.outer(
+            torch.arange(first, first + size, dtype=torch.float64, device=device),
+            10000.0 ** -(torch.arange(0, n, 2, dtype=torch.float64, device=device) / n),
+        )
+        for size, n, first in axes
+    ]
+    t, y, x = (
+        a.view([size if i == axis else 1 for i in range(3)] + [-1]).expand(
+            frames, height, width, -1
+        )
+        for axis, (a, size) in enumerate(zip(angles, (frames, height, width)))
+    )
     return torch.cat([t, y, x], dim=-1).flatten(0, 2)
 
 
 def rope_table(angles, dtype):
     """Unit complex numbers e^(i angle) of angles [L, d/2] as [L, 1, d/2], of double precision for float64 activations."""
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex128 if dtype == torch.float64 else torch.complex64)[:, None]
+    return torch.polar(torch.ones_like(angles), angles).to(
+        torch.complex128 if dtype == torch.float64 else torch.complex64
+    )[:, None]
 
 
 def rotate(x, table):
@@ -81,11 +94,29 @@ class KVCache:
     the stream is.
     """
 
-    def __init__(self, layers, batch, chunk, window, height, width, heads, head_dim, device=None, dtype=torch.float32, ahead=1):
+    def __init__(
+        self,
+        layers,
+        batch,
+        chunk,
+        window,
+        height,
+        width,
+        heads,
+        head_dim,
+        device=None,
+        dtype=torch.float32,
+        ahead=1,
+    ):
         """chunk: latent frames a chunk; window: chunks attended to, the chunk in the making included; height, width: tokens.
         ahead: how many chunks can be in the making at once (speculative sampling)."""
-        self.chunk, self.window, self.tokens, self.head_dim = chunk, window, height * width, head_dim
-        self.frames = 0                                            # latent frames of the past held now
+        self.chunk, self.window, self.tokens, self.head_dim = (
+            chunk,
+            window,
+            height * width,
+            head_dim,
+        )
+        self.frames = 0  # latent frames of the past held now
         shape = (layers, batch, (window - 1 + ahead) * chunk * self.tokens, heads, head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
@@ -97,7 +128,9 @@ class KVCache:
         past, end = self.frames * self.tokens, self.frames * self.tokens + k.shape[1]
         self.k[layer, :, past:end], self.v[layer, :, past:end] = k.detach(), v.detach()
         if k.requires_grad:
-            return torch.cat([self.k[layer, :, :past], k], dim=1), torch.cat([self.v[layer, :, :past], v], dim=1)
+            return torch.cat([self.k[layer, :, :past], k], dim=1), torch.cat(
+                [self.v[layer, :, :past], v], dim=1
+            )
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
     def commit(self, frames):
@@ -107,8 +140,10 @@ class KVCache:
         if drop > 0:
             old, new = drop * self.tokens, self.frames * self.tokens
             shift = rope_angles(self.head_dim, 1, 1, 1, start=-drop, device=self.k.device)
-            self.k[:, :, :new - old] = rotate(self.k[:, :, old:new], rope_table(shift, self.k.dtype))
-            self.v[:, :, :new - old] = self.v[:, :, old:new].clone()
+            self.k[:, :, : new - old] = rotate(
+                self.k[:, :, old:new], rope_table(shift, self.k.dtype)
+            )
+            self.v[:, :, : new - old] = self.v[:, :, old:new].clone()
             self.frames -= drop
 
 
@@ -156,10 +191,14 @@ class CrossAttention(nn.Module):
         return self.o(attend(q, *keys).flatten(2))
 
 
-if __name__ == "__main__":                                           # draw the README's picture of the mask
+if __name__ == "__main__":  # draw the README's picture of the mask
     import sys
 
     import imageio.v3 as iio
+
     mask = block_causal_mask(frames=21, chunk=3).byte() * 170 + 60
     mask += 25 * block_causal_mask(frames=21, chunk=3, window=4).byte()
-    iio.imwrite(sys.argv[1] if len(sys.argv) > 1 else "mask.png", mask.repeat_interleave(12, 0).repeat_interleave(12, 1).numpy())
+    iio.imwrite(
+        sys.argv[1] if len(sys.argv) > 1 else "mask.png",
+        mask.repeat_interleave(12, 0).repeat_interleave(12, 1).numpy(),
+    )

@@ -8,6 +8,7 @@ grid. (The continuous-time limit needs forward-mode derivatives through attentio
 The grid is coarse, every other of the player's own times: a frame is nearly certain once the past is known, and what a finer solver adds
 is the teacher's uncertainty of where the shape is, as jitter.
 """
+
 import copy
 import os
 from dataclasses import replace
@@ -19,7 +20,17 @@ from evaluate import play_walks
 from model import load_model, save_model
 from teacher import LatentClips, draw_walk_times, own_past
 from text import load_text_encoder
-from training import EMA, WEIGHTS, Muon, autocast, check_training, optimise, run_main, train, training_parser
+from training import (
+    EMA,
+    WEIGHTS,
+    Muon,
+    autocast,
+    check_training,
+    optimise,
+    run_main,
+    train,
+    training_parser,
+)
 from vae import load_vae
 
 
@@ -43,23 +54,39 @@ def consistency_loss(student, target, teacher, x0, level, times, text, generator
 
 
 def main():
-    parser = training_parser("Distil the action teacher into a few-step player.", 100, 16, 3e-5, "runs/player")
-    parser.add_argument("--teacher", default=os.path.join(WEIGHTS, "action_teacher.safetensors"), help="weights to distil")
-    parser.add_argument("--grid", type=int, default=2, help="steps of the solver that the consistency function follows")
+    parser = training_parser(
+        "Distil the action teacher into a few-step player.", 100, 16, 3e-5, "runs/player"
+    )
+    parser.add_argument(
+        "--teacher",
+        default=os.path.join(WEIGHTS, "action_teacher.safetensors"),
+        help="weights to distil",
+    )
+    parser.add_argument(
+        "--grid",
+        type=int,
+        default=2,
+        help="steps of the solver that the consistency function follows",
+    )
     parser.add_argument("--clips", type=int, default=3072, help="walks in the training set")
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
-    vae, encoder = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), load_text_encoder(device=args.device)
+    vae, encoder = (
+        load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device),
+        load_text_encoder(device=args.device),
+    )
     teacher = load_model(args.teacher, args.device).requires_grad_(False)
     with autocast(args):
         data = LatentClips(vae, sample_walks(args.clips, 96, torch.Generator().manual_seed(0)))
     student, target, averaged = (copy.deepcopy(teacher) for _ in range(3))
     student.requires_grad_(True).train()
-    c = replace(teacher.config, shift=teacher.config.shift / 4)        # few steps: the last must not begin where a first frame is a blur
+    c = replace(
+        teacher.config, shift=teacher.config.shift / 4
+    )  # few steps: the last must not begin where a first frame is a blur
     student.config = target.config = averaged.config = c
     times = student.schedule.timesteps(args.grid).float().to(args.device)
-    ema, slow = EMA(student, 0.95), EMA(student, 0.998)                # f^-, and what is sampled from and shipped
+    ema, slow = EMA(student, 0.95), EMA(student, 0.998)  # f^-, and what is sampled from and shipped
     optimizer = Muon(student.blocks.parameters(), student.parameters(), args.lr)
 
     if args.compile:
@@ -71,17 +98,32 @@ def main():
         count, length = (16 * args.batch_size, 1) if i % 4 == 0 else (args.batch_size, 32)
         x0, prompts, actions, past = data.batch(count, length, generator, args.device)
         level = torch.randint(args.grid, x0.shape[:2], generator=generator)
-        if length > 1:                                                 # context is where it is in the teacher's training
+        if length > 1:  # context is where it is in the teacher's training
             level[draw_walk_times(count, length, teacher.schedule, generator) == 0] = args.grid
         level = level.to(args.device)
         target.load_state_dict(ema.shadow)
         with autocast(args):
             text = encoder(prompts).detach()
-            if length > 1:                                             # context is what the student made, not data
+            if length > 1:  # context is what the student made, not data
                 averaged.load_state_dict(slow.shadow)
-                x0 = torch.where((level == args.grid)[..., None, None, None], own_past(averaged, past, 4, text, actions, generator), x0)
-            loss = consistency_loss(student, target, teacher, x0, level, times, text, generator,
-                                    chunk=c.chunk, window=c.window, actions=actions)
+                x0 = torch.where(
+                    (level == args.grid)[..., None, None, None],
+                    own_past(averaged, past, 4, text, actions, generator),
+                    x0,
+                )
+            loss = consistency_loss(
+                student,
+                target,
+                teacher,
+                x0,
+                level,
+                times,
+                text,
+                generator,
+                chunk=c.chunk,
+                window=c.window,
+                actions=actions,
+            )
         norm = optimise(optimizer, loss)
         ema.update(student, i)
         slow.update(student, i)
@@ -94,9 +136,18 @@ def main():
         save_sheet(video, path)
         return measured
 
-    if train(args, {"student": student, "ema": ema, "slow": slow, "optimizer": optimizer}, step, sheet):
+    if train(
+        args, {"student": student, "ema": ema, "slow": slow, "optimizer": optimizer}, step, sheet
+    ):
         path = os.path.join(args.out, "player.safetensors")
-        save_model(path, slow.shadow, c, stage="few-step player", steps=args.steps, seconds=round(args.seconds))
+        save_model(
+            path,
+            slow.shadow,
+            c,
+            stage="few-step player",
+            steps=args.steps,
+            seconds=round(args.seconds),
+        )
         print(f"wrote {path}")
 
 

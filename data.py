@@ -6,6 +6,7 @@ in a batch, on any device.
 
     python data.py          draws a sheet of samples to shapes.png
 """
+
 import argparse
 import math
 import os
@@ -15,37 +16,63 @@ import torch
 
 SIZE, FPS, FRAMES = 64, 16, 81
 
-COLOURS = {"red": (220, 50, 47), "green": (60, 180, 75), "blue": (38, 110, 220), "yellow": (240, 210, 40),
-           "purple": (150, 60, 190), "orange": (245, 130, 40), "cyan": (60, 200, 210), "white": (240, 240, 240)}
-BACKGROUNDS = {"black": (12, 12, 16), "gray": (110, 110, 115), "navy": (20, 30, 80), "brown": (90, 60, 35)}
+COLOURS = {
+    "red": (220, 50, 47),
+    "green": (60, 180, 75),
+    "blue": (38, 110, 220),
+    "yellow": (240, 210, 40),
+    "purple": (150, 60, 190),
+    "orange": (245, 130, 40),
+    "cyan": (60, 200, 210),
+    "white": (240, 240, 240),
+}
+BACKGROUNDS = {
+    "black": (12, 12, 16),
+    "gray": (110, 110, 115),
+    "navy": (20, 30, 80),
+    "brown": (90, 60, 35),
+}
 
 # Every shape is a star with n points: outer radius (in units of the clip's radius), inner radius over outer radius,
 # and a turn. A regular n-gon is the star whose inner radius is cos(pi/n); the circle is the 64-gon.
-SHAPES = {"circle": (64, 1.0, math.cos(math.pi / 64), 0.0), "square": (4, 1.15, math.cos(math.pi / 4), math.pi / 4),
-          "triangle": (3, 1.2, 0.5, 0.0), "star": (5, 1.2, 0.45, 0.0)}
-REACH = 1.2                                   # the largest outer radius above: how far a shape reaches from its centre
+SHAPES = {
+    "circle": (64, 1.0, math.cos(math.pi / 64), 0.0),
+    "square": (4, 1.15, math.cos(math.pi / 4), math.pi / 4),
+    "triangle": (3, 1.2, 0.5, 0.0),
+    "star": (5, 1.2, 0.45, 0.0),
+}
+REACH = 1.2  # the largest outer radius above: how far a shape reaches from its centre
 
 # Each motion with its wordings; the first is the name.
-MOTIONS = {"standing still": ("standing still", "not moving"),
-           "sliding left and right": ("sliding left and right", "moving left and right"),
-           "rising and falling": ("rising and falling", "moving up and down"),
-           "bouncing": ("bouncing", "bouncing off the walls"),
-           "circling clockwise": ("circling clockwise", "moving in a circle clockwise"),
-           "circling counterclockwise": ("circling counterclockwise", "moving in a circle counterclockwise"),
-           "spinning": ("spinning", "turning around itself"),
-           "pulsing": ("pulsing", "growing and shrinking")}
-WORDINGS = ("a {colour} {shape} {motion} on a {background} background",
-            "a {colour} {shape} is {motion} in front of a {background} background",
-            "{colour} {shape}, {motion}, {background} background",
-            "on a {background} background, a {colour} {shape} {motion}",
-            "a {shape} {motion}, {colour} on {background}")
+MOTIONS = {
+    "standing still": ("standing still", "not moving"),
+    "sliding left and right": ("sliding left and right", "moving left and right"),
+    "rising and falling": ("rising and falling", "moving up and down"),
+    "bouncing": ("bouncing", "bouncing off the walls"),
+    "circling clockwise": ("circling clockwise", "moving in a circle clockwise"),
+    "circling counterclockwise": (
+        "circling counterclockwise",
+        "moving in a circle counterclockwise",
+    ),
+    "spinning": ("spinning", "turning around itself"),
+    "pulsing": ("pulsing", "growing and shrinking"),
+}
+WORDINGS = (
+    "a {colour} {shape} {motion} on a {background} background",
+    "a {colour} {shape} is {motion} in front of a {background} background",
+    "{colour} {shape}, {motion}, {background} background",
+    "on a {background} background, a {colour} {shape} {motion}",
+    "a {shape} {motion}, {colour} on {background}",
+)
 
 STILL, SLIDE, RISE, BOUNCE, CLOCKWISE, COUNTER, SPIN, PULSE = range(8)
 
 
 def _all_combinations():
     """Every (colour, shape, motion, background) that exists as rows of indices: a circle does not spin."""
-    every = torch.cartesian_prod(*(torch.arange(len(names)) for names in (COLOURS, SHAPES, MOTIONS, BACKGROUNDS)))
+    every = torch.cartesian_prod(
+        *(torch.arange(len(names)) for names in (COLOURS, SHAPES, MOTIONS, BACKGROUNDS))
+    )
     return every[~((every[:, 1] == 0) & (every[:, 2] == SPIN))]
 
 
@@ -75,26 +102,45 @@ class Batch:
 @dataclass
 class Clips(Batch):
     """B clips by their truth, each field [B]. Pixels and seconds; y points down, angles turn clockwise on the screen."""
-    colour: torch.Tensor        # index into COLOURS
-    shape: torch.Tensor         # index into SHAPES
-    motion: torch.Tensor        # index into MOTIONS
-    background: torch.Tensor    # index into BACKGROUNDS
-    radius: torch.Tensor        # pixels
-    x: torch.Tensor             # centre of the motion, or where a bounce starts
+
+    colour: torch.Tensor  # index into COLOURS
+    shape: torch.Tensor  # index into SHAPES
+    motion: torch.Tensor  # index into MOTIONS
+    background: torch.Tensor  # index into BACKGROUNDS
+    radius: torch.Tensor  # pixels
+    x: torch.Tensor  # centre of the motion, or where a bounce starts
     y: torch.Tensor
-    reach: torch.Tensor         # amplitude of sliding, rising and circling, pixels
-    phase: torch.Tensor         # radians
-    rate: torch.Tensor          # radians/s (its sign is the sense of spinning); bouncing: pixels/s
+    reach: torch.Tensor  # amplitude of sliding, rising and circling, pixels
+    phase: torch.Tensor  # radians
+    rate: torch.Tensor  # radians/s (its sign is the sense of spinning); bouncing: pixels/s
 
     def prompts(self, generator=None):
         """The clips' prompts; in the first wording without a generator, in a random one with it."""
-        pick = (lambda options: options[0]) if generator is None else \
-            (lambda options: options[torch.randint(len(options), (), generator=generator).item()])
+        pick = (
+            (lambda options: options[0])
+            if generator is None
+            else (
+                lambda options: options[torch.randint(len(options), (), generator=generator).item()]
+            )
+        )
         names = [list(table) for table in (COLOURS, SHAPES, BACKGROUNDS)]
-        rows = zip(self.colour.tolist(), self.shape.tolist(), self.motion.tolist(), self.background.tolist())
-        return [pick(WORDINGS).format(colour=names[0][c], shape=names[1][s], background=names[2][b],
-                                      motion=pick(list(MOTIONS.values())[m])).replace("a orange", "an orange")
-                for c, s, m, b in rows]
+        rows = zip(
+            self.colour.tolist(),
+            self.shape.tolist(),
+            self.motion.tolist(),
+            self.background.tolist(),
+        )
+        return [
+            pick(WORDINGS)
+            .format(
+                colour=names[0][c],
+                shape=names[1][s],
+                background=names[2][b],
+                motion=pick(list(MOTIONS.values())[m]),
+            )
+            .replace("a orange", "an orange")
+            for c, s, m, b in rows
+        ]
 
     def track(self, seconds):
         """Where the shape is at `seconds` [F]: x, y (pixels), radius (pixels) and angle (radians), each [B, F]."""
@@ -105,11 +151,16 @@ class Clips(Batch):
         sense = torch.where(motion == COUNTER, -1.0, 1.0)
         # circling: (cos, sin) turns clockwise because y points down
         x = x + column(self.reach) * torch.where((motion == SLIDE) | circle, torch.cos(turn), 0.0)
-        y = y + column(self.reach) * torch.where((motion == RISE), torch.cos(turn),
-                                                 torch.where(circle, sense * torch.sin(turn), 0.0))
+        y = y + column(self.reach) * torch.where(
+            (motion == RISE), torch.cos(turn), torch.where(circle, sense * torch.sin(turn), 0.0)
+        )
         # bouncing: straight lines, reflected at the walls by folding them into a triangle wave
         wall = column(self.radius) * REACH + 1
-        fold = lambda z: wall + (SIZE - 2 * wall) - ((z - wall) % (2 * (SIZE - 2 * wall)) - (SIZE - 2 * wall)).abs()
+        fold = lambda z: (
+            wall
+            + (SIZE - 2 * wall)
+            - ((z - wall) % (2 * (SIZE - 2 * wall)) - (SIZE - 2 * wall)).abs()
+        )
         run = column(self.rate) * seconds
         x = torch.where(motion == BOUNCE, fold(x + run * torch.cos(column(self.phase))), x)
         y = torch.where(motion == BOUNCE, fold(y + run * torch.sin(column(self.phase))), y)
@@ -127,9 +178,11 @@ class Clips(Batch):
 def draw(colour, shape, background, x, y, radius, angle):
     """Draw one shape a frame: attribute indices [B], track [B, F] -> video [B, F, 3, 64, 64] in [-1, 1]."""
     device = x.device
-    points, outer, inner, turn = torch.tensor(list(SHAPES.values()), device=device)[shape].T[..., None, None, None]
+    points, outer, inner, turn = torch.tensor(list(SHAPES.values()), device=device)[shape].T[
+        ..., None, None, None
+    ]
     grid = torch.arange(SIZE, device=device) + 0.5
-    dx, dy = grid - x[..., None, None], grid[:, None] - y[..., None, None]                  # [B, F, 64, 64]
+    dx, dy = grid - x[..., None, None], grid[:, None] - y[..., None, None]  # [B, F, 64, 64]
     # fold the plane into one half point of the star: a is the angle from its tip, between 0 and pi / points
     sector = 2 * math.pi / points
     a = torch.atan2(dx, -dy) - angle[..., None, None] + turn
@@ -138,8 +191,10 @@ def draw(colour, shape, background, x, y, radius, angle):
     # signed distance to the line from the tip (R, 0) to the notch r (cos, sin)(pi / points), with outward normal n
     R = radius[..., None, None] * outer
     nx, ny = inner * torch.sin(sector / 2), 1 - inner * torch.cos(sector / 2)
-    distance = (nx * (rho * torch.cos(a) - R) + ny * rho * torch.sin(a)) / (nx * nx + ny * ny).sqrt()
-    cover = (0.5 - distance / 2).clamp(0, 1)[:, :, None]                                    # edges two pixels soft
+    distance = (nx * (rho * torch.cos(a) - R) + ny * rho * torch.sin(a)) / (
+        nx * nx + ny * ny
+    ).sqrt()
+    cover = (0.5 - distance / 2).clamp(0, 1)[:, :, None]  # edges two pixels soft
     palette = lambda table: torch.tensor(list(table.values()), device=device) / 127.5 - 1
     front = palette(COLOURS)[colour][:, None, :, None, None]
     back = palette(BACKGROUNDS)[background][:, None, :, None, None]
@@ -150,10 +205,14 @@ def sample_clips(count, generator, split="train"):
     """Draw `count` random clips of a split ("train", "held-out" or "all"). Same generator state, same clips."""
     uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
     rows = combinations(split)
-    colour, shape, motion, background = rows[torch.randint(len(rows), (count,), generator=generator)].T
+    colour, shape, motion, background = rows[
+        torch.randint(len(rows), (count,), generator=generator)
+    ].T
     is_, many = lambda m: motion == m, lambda *ms: torch.isin(motion, torch.tensor(ms))
-    radius = torch.where(is_(PULSE), uniform(10, 13), uniform(10, 15))       # a pulse swings by 35%
-    room = SIZE / 2 - REACH * torch.where(is_(PULSE), 1.35 * radius, radius) - 1    # from the middle to the wall
+    radius = torch.where(is_(PULSE), uniform(10, 13), uniform(10, 15))  # a pulse swings by 35%
+    room = (
+        SIZE / 2 - REACH * torch.where(is_(PULSE), 1.35 * radius, radius) - 1
+    )  # from the middle to the wall
     reach = room * uniform(0.7, 1.0)
     # what is left of the room beside the motion, on each axis, is where the motion's centre may lie
     free_x = torch.where(many(SLIDE, CLOCKWISE, COUNTER), room - reach, room)
@@ -161,41 +220,64 @@ def sample_clips(count, generator, split="train"):
     x, y = SIZE / 2 + free_x * uniform(-1, 1), SIZE / 2 + free_y * uniform(-1, 1)
     phase, sign = uniform(0, 2 * math.pi), torch.sign(uniform(-1, 1))
     # a bounce keeps 25 degrees off both axes, so that it is neither sliding nor rising
-    slant = torch.deg2rad(uniform(25, 65)) + math.pi / 2 * torch.randint(4, (count,), generator=generator)
+    slant = torch.deg2rad(uniform(25, 65)) + math.pi / 2 * torch.randint(
+        4, (count,), generator=generator
+    )
     period = torch.where(is_(SPIN), uniform(2.5, 4.0), uniform(1.8, 3.0))
-    rate = torch.where(is_(BOUNCE), uniform(18, 30), 2 * math.pi / period * torch.where(is_(SPIN), sign, 1.0))
-    return Clips(colour, shape, motion, background, radius, x, y, reach, torch.where(is_(BOUNCE), slant, phase), rate)
+    rate = torch.where(
+        is_(BOUNCE), uniform(18, 30), 2 * math.pi / period * torch.where(is_(SPIN), sign, 1.0)
+    )
+    return Clips(
+        colour,
+        shape,
+        motion,
+        background,
+        radius,
+        x,
+        y,
+        reach,
+        torch.where(is_(BOUNCE), slant, phase),
+        rate,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the action world
 ACTIONS = {"none": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
-STEP = 2.0                                    # pixels that an action moves the shape by
-RADIUS = 12.5                                 # pixels, of each shape: neither prompt nor action says how large one is, and walls depend on it
+STEP = 2.0  # pixels that an action moves the shape by
+RADIUS = 12.5  # pixels, of each shape: neither prompt nor action says how large one is, and walls depend on it
 
 
 @dataclass
 class Walks(Batch):
     """B walks by their truth, in the action world of Next-Frame Diffusion: looks and start [B], actions [B, F]. Action f leads to
     frame f; it moves the shape by STEP, and the walls stop it."""
-    colour: torch.Tensor        # index into COLOURS
-    shape: torch.Tensor         # index into SHAPES
-    background: torch.Tensor    # index into BACKGROUNDS
-    x: torch.Tensor             # pixels, before the first action
+
+    colour: torch.Tensor  # index into COLOURS
+    shape: torch.Tensor  # index into SHAPES
+    background: torch.Tensor  # index into BACKGROUNDS
+    x: torch.Tensor  # pixels, before the first action
     y: torch.Tensor
-    actions: torch.Tensor       # index into ACTIONS
-    radius: torch.Tensor        # pixels, that is drawn; another than RADIUS, which the walls stop, is a past whose size has drifted
+    actions: torch.Tensor  # index into ACTIONS
+    radius: torch.Tensor  # pixels, that is drawn; another than RADIUS, which the walls stop, is a past whose size has drifted
 
     def prompts(self, generator=None):
         """What the walks look like: "a red circle on a black background". There is one wording: generator is there as for `Clips`."""
         names = [list(table) for table in (COLOURS, SHAPES, BACKGROUNDS)]
         rows = zip(self.colour.tolist(), self.shape.tolist(), self.background.tolist())
-        return [f"a {names[0][c]} {names[1][s]} on a {names[2][b]} background".replace("a orange", "an orange") for c, s, b in rows]
+        return [
+            f"a {names[0][c]} {names[1][s]} on a {names[2][b]} background".replace(
+                "a orange", "an orange"
+            )
+            for c, s, b in rows
+        ]
 
     def track(self):
         """Where the shape is: x, y [B, F] in pixels."""
         wall = RADIUS * REACH + 1
         at, places = torch.stack([self.x, self.y], dim=-1), []
-        for move in (STEP * torch.tensor(list(ACTIONS.values()), dtype=at.dtype, device=at.device))[self.actions].unbind(1):
+        for move in (STEP * torch.tensor(list(ACTIONS.values()), dtype=at.dtype, device=at.device))[
+            self.actions
+        ].unbind(1):
             at = (at + move).clamp(wall, SIZE - wall)
             places.append(at)
         return torch.stack(places, dim=1).unbind(-1)
@@ -203,7 +285,15 @@ class Walks(Batch):
     def render(self):
         """Draw the walks: video [B, F, 3, 64, 64] in [-1, 1]."""
         x, y = self.track()
-        return draw(self.colour, self.shape, self.background, x, y, self.radius[:, None].expand_as(x), torch.zeros_like(x))
+        return draw(
+            self.colour,
+            self.shape,
+            self.background,
+            x,
+            y,
+            self.radius[:, None].expand_as(x),
+            torch.zeros_like(x),
+        )
 
 
 def sample_walks(count, frames, generator):
@@ -213,18 +303,28 @@ def sample_walks(count, frames, generator):
     pick = lambda table, *more: torch.randint(len(table), (count, *more), generator=generator)
     room = SIZE / 2 - REACH * RADIUS - 1
     change = torch.rand(count, frames, generator=generator) < 2 ** uniform(-5, 0)[:, None]
-    held = torch.where(change, torch.arange(frames), 0).cummax(dim=1).values               # the frame at which its action was drawn
+    held = (
+        torch.where(change, torch.arange(frames), 0).cummax(dim=1).values
+    )  # the frame at which its action was drawn
     actions = pick(ACTIONS, frames).gather(1, held)
     actions[:, 0] = 0
-    return Walks(pick(COLOURS), pick(SHAPES), pick(BACKGROUNDS), SIZE / 2 + room * uniform(-1, 1), SIZE / 2 + room * uniform(-1, 1), actions,
-                 torch.full((count,), RADIUS))
+    return Walks(
+        pick(COLOURS),
+        pick(SHAPES),
+        pick(BACKGROUNDS),
+        SIZE / 2 + room * uniform(-1, 1),
+        SIZE / 2 + room * uniform(-1, 1),
+        actions,
+        torch.full((count,), RADIUS),
+    )
 
 
 def save_sheet(video, path, columns=8):
     """Write a sheet of frames: each clip of video [B, F, 3, H, W] in [-1, 1] is a row of `columns` frames, evenly spaced."""
     import imageio.v3 as iio
+
     frames = torch.linspace(0, video.shape[1] - 1, min(columns, video.shape[1])).round().long()
-    rows = to_uint8(video[:, frames])                                        # [B, F, H, W, 3]
+    rows = to_uint8(video[:, frames])  # [B, F, H, W, 3]
     B, F, H, W, _ = rows.shape
     sheet = rows.new_full((B, H + 2, F, W + 2, 3), 255)
     sheet[:, :H, :, :W] = rows.transpose(1, 2)

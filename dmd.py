@@ -1,7 +1,8 @@
 """Stage 2: asymmetric distillation with DMD (CausVid, Algorithm 1): a causal student, a bidirectional teacher.
 
-    python dmd.py           distils the shipped teacher into the shipped ODE-initialised student
+python dmd.py           distils the shipped teacher into the shipped ODE-initialised student
 """
+
 import copy
 import os
 
@@ -14,7 +15,17 @@ from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
 from sample import GUIDANCE, guided_v, rollout, with_null
 from teacher import LatentClips, flow_matching_loss
 from text import load_text_encoder
-from training import EMA, WEIGHTS, adamw, autocast, check_training, optimise, run_main, train, training_parser
+from training import (
+    EMA,
+    WEIGHTS,
+    adamw,
+    autocast,
+    check_training,
+    optimise,
+    run_main,
+    train,
+    training_parser,
+)
 from vae import load_vae
 
 
@@ -29,10 +40,14 @@ def dmd_loss(x0_hat, real, fake, schedule, t, eps):
     Returns (loss, mean |x0_hat - x0_real|). No gradient reaches real or fake.
     """
     with torch.no_grad():
-        x_t = schedule.add_noise(x0_hat, eps, t)                       # the student's clip, noised to one t for the whole clip
+        x_t = schedule.add_noise(
+            x0_hat, eps, t
+        )  # the student's clip, noised to one t for the whole clip
         x0_real, x0_fake = real(x_t), fake(x_t)
         distance = (x0_hat - x0_real).abs().flatten(1).mean(1)
-        gradient = (x0_fake - x0_real) / distance.reshape(-1, *[1] * (x0_hat.ndim - 1)).clamp(min=1e-6)
+        gradient = (x0_fake - x0_real) / distance.reshape(-1, *[1] * (x0_hat.ndim - 1)).clamp(
+            min=1e-6
+        )
     # a loss with this gradient: 1/2 || x0_hat - stopgrad(x0_hat - gradient) ||^2
     return 0.5 * F.mse_loss(x0_hat, (x0_hat - gradient).detach()), distance.mean()
 
@@ -55,14 +70,38 @@ def clip_times(count, frames, schedule, generator, device):
 
 def main():
     """Algorithm 1: five updates of the fake score on the student's clips for one of the student by `dmd_loss`."""
-    parser = training_parser("Distil the teacher into the causal few-step student.", 450, 8, 1e-4, "runs/dmd")
+    parser = training_parser(
+        "Distil the teacher into the causal few-step student.", 450, 8, 1e-4, "runs/dmd"
+    )
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
-    parser.add_argument("--fake-updates", type=int, default=5, help="fake-score updates for each update of the student")
-    parser.add_argument("--teacher", default=os.path.join(WEIGHTS, "teacher.safetensors"), help="weights that the scores start from")
-    parser.add_argument("--student", default=os.path.join(WEIGHTS, "ode_init.safetensors"), help="weights that the student starts from")
-    parser.add_argument("--causal-scores", action="store_true", help="the teacher is a causal one, and so is the fake score")
-    parser.add_argument("--rollout", choices=["data", "self"], default="data", help="what the student denoises: noised data (CausVid), "
-                        "or noise, chunk after chunk behind its own past (Self Forcing)")
+    parser.add_argument(
+        "--fake-updates",
+        type=int,
+        default=5,
+        help="fake-score updates for each update of the student",
+    )
+    parser.add_argument(
+        "--teacher",
+        default=os.path.join(WEIGHTS, "teacher.safetensors"),
+        help="weights that the scores start from",
+    )
+    parser.add_argument(
+        "--student",
+        default=os.path.join(WEIGHTS, "ode_init.safetensors"),
+        help="weights that the student starts from",
+    )
+    parser.add_argument(
+        "--causal-scores",
+        action="store_true",
+        help="the teacher is a causal one, and so is the fake score",
+    )
+    parser.add_argument(
+        "--rollout",
+        choices=["data", "self"],
+        default="data",
+        help="what the student denoises: noised data (CausVid), "
+        "or noise, chunk after chunk behind its own past (Self Forcing)",
+    )
     parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
     args = parser.parse_args()
     check_training(args)
@@ -70,16 +109,22 @@ def main():
     vae, encoder = load_vae(device=args.device), load_text_encoder(device=args.device)
     data = LatentClips(vae, sample_clips(args.clips, torch.Generator().manual_seed(0)))
     teacher = load_model(args.teacher, args.device).requires_grad_(False)
-    fake = copy.deepcopy(teacher).requires_grad_(True).train()         # the online fake score starts as the teacher
+    fake = (
+        copy.deepcopy(teacher).requires_grad_(True).train()
+    )  # the online fake score starts as the teacher
     student = load_model(args.student, args.device).train()
     averaged, schedule = copy.deepcopy(student).eval(), student.schedule
-    attention = dict(chunk=teacher.config.chunk, window=teacher.config.window) if args.causal_scores else {}
+    attention = (
+        dict(chunk=teacher.config.chunk, window=teacher.config.window) if args.causal_scores else {}
+    )
     ema = EMA(student, 0.99)
     student_optimizer = adamw(student.parameters(), args.lr, betas=(0.0, 0.99))
     fake_optimizer = adamw(fake.parameters(), 2 * args.lr, betas=(0.0, 0.99))
 
     if args.compile:
-        for network in (teacher, fake) + (student,) * (args.rollout == "data"):     # a graph for each length of a rollout's past does not pay
+        for network in (teacher, fake) + (student,) * (
+            args.rollout == "data"
+        ):  # a graph for each length of a rollout's past does not pay
             network.compile()
 
     def step(i, generator):
@@ -89,19 +134,27 @@ def main():
         update, numbers = i % args.fake_updates == 0, {}
         with torch.set_grad_enabled(update), autocast(args):
             if args.rollout == "self":
-                x0_hat = rollout(student, torch.randn(x0.shape, generator=generator).to(args.device), schedule.timesteps(STUDENT_STEPS), text, generator)
+                x0_hat = rollout(
+                    student,
+                    torch.randn(x0.shape, generator=generator).to(args.device),
+                    schedule.timesteps(STUDENT_STEPS),
+                    text,
+                    generator,
+                )
             else:
                 x0_hat = student_x0(student, x0, text, generator)
         t = clip_times(*x0.shape[:2], schedule, generator, args.device)
-        if update:                                                     # one update of the student for five of the fake score
-            real = lambda x_t: schedule.x0(x_t, guided_v(teacher, x_t, t, with_null(text), args.guidance, **attention), t)
+        if update:  # one update of the student for five of the fake score
+            real = lambda x_t: schedule.x0(
+                x_t, guided_v(teacher, x_t, t, with_null(text), args.guidance, **attention), t
+            )
             eps = torch.randn(x0.shape, generator=generator).to(args.device)
             with autocast(args):
                 of_fake = lambda x_t: schedule.x0(x_t, fake(x_t, t, text, **attention).float(), t)
                 loss, distance = dmd_loss(x0_hat, real, of_fake, schedule, t, eps)
             numbers = {"grad": optimise(student_optimizer, loss), "distance": distance}
             ema.update(student, i // args.fake_updates)
-        with autocast(args):                                           # the fake score learns the student's distribution
+        with autocast(args):  # the fake score learns the student's distribution
             fake_loss = flow_matching_loss(fake, x0_hat.detach(), t, text, generator, **attention)
         optimise(fake_optimizer, fake_loss)
         return numbers | {"fake_loss": fake_loss}
@@ -110,10 +163,23 @@ def main():
         averaged.load_state_dict(ema.shadow)
         return student_sheet(averaged, vae, encoder, path)
 
-    state = {"student": student, "fake": fake, "ema": ema, "student_optimizer": student_optimizer, "fake_optimizer": fake_optimizer}
+    state = {
+        "student": student,
+        "fake": fake,
+        "ema": ema,
+        "student_optimizer": student_optimizer,
+        "fake_optimizer": fake_optimizer,
+    }
     if train(args, state, step, sheet):
         path = os.path.join(args.out, "student.safetensors")
-        save_model(path, ema.shadow, student.config, stage="student", steps=args.steps, seconds=round(args.seconds))
+        save_model(
+            path,
+            ema.shadow,
+            student.config,
+            stage="student",
+            steps=args.steps,
+            seconds=round(args.seconds),
+        )
         print(f"wrote {path}")
 
 

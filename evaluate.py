@@ -4,6 +4,7 @@ Everything is recovered from the pixels alone (recover.py).
 
     python evaluate.py      samples the shipped teacher and student with held-out prompts and prints a table
 """
+
 import argparse
 import itertools
 import os
@@ -25,12 +26,18 @@ from vae import load_vae
 
 # ------------------------------------------------------------------------------------------------------------ measures
 ATTRIBUTES = ("colour", "shape", "background", "motion")
-LOST = 3.0                                   # pixels: a track farther than this from every law has no motion that has a name
+LOST = 3.0  # pixels: a track farther than this from every law has no motion that has a name
 
 
 def contrast(found):
     """How far each drawn frame is from its background, root mean square: [B, F]."""
-    return (found.video - BACKDROPS[found.background][..., None, None]).square().mean((-1, -2, -3)).sqrt().clamp(min=1e-2)
+    return (
+        (found.video - BACKDROPS[found.background][..., None, None])
+        .square()
+        .mean((-1, -2, -3))
+        .sqrt()
+        .clamp(min=1e-2)
+    )
 
 
 def frame_quality(video, found):
@@ -50,20 +57,41 @@ def measure(video, clips, found=None):
     found = found or recover(video)
     shape, colour = mode(found.shape, len(SHAPES)), mode(found.colour, len(COLOURS))
     error = fit_motions(found, shape)
-    motion = torch.where(error.amin(1) < LOST ** 2, error.argmin(1), -1)
-    seen = dict(colour=colour, shape=shape, background=mode(found.background, len(BACKGROUNDS)), motion=motion)
-    visible = found.radius >= SMALLEST                                                             # [B, F]
-    right = {name: (seen[name] == getattr(clips, name)) & (name == "background" or visible.float().mean(1) > 0.5) for name in ATTRIBUTES}
+    motion = torch.where(error.amin(1) < LOST**2, error.argmin(1), -1)
+    seen = dict(
+        colour=colour,
+        shape=shape,
+        background=mode(found.background, len(BACKGROUNDS)),
+        motion=motion,
+    )
+    visible = found.radius >= SMALLEST  # [B, F]
+    right = {
+        name: (seen[name] == getattr(clips, name))
+        & (name == "background" or visible.float().mean(1) > 0.5)
+        for name in ATTRIBUTES
+    }
 
     typical = found.radius.median(1, keepdim=True).values
     same_size = ((found.radius / typical - 1).abs() < 0.15) | (clips.motion == PULSE)[:, None]
-    identity = (visible & (found.shape == shape[:, None]) & (found.colour == colour[:, None]) & same_size).float().mean(1)
+    identity = (
+        (visible & (found.shape == shape[:, None]) & (found.colour == colour[:, None]) & same_size)
+        .float()
+        .mean(1)
+    )
     flicker = (video.cpu() - found.video).diff(dim=1).square().mean((-1, -2, -3)).sqrt()
     steady = (1 - flicker / contrast(found)[:, 1:]).clamp(min=0).mean(1)
-    track = 1 / (1 + error.gather(1, clips.motion[:, None])[:, 0] / 2.0 ** 2)                      # 50 at 2 pixels from the law
-    result = {"text alignment": torch.stack(list(right.values())).all(0).float(), **{k: v.float() for k, v in right.items()},
-              "frame quality": frame_quality(video, found).mean(1), "temporal quality": (identity + steady + track) / 3,
-              "identity": identity, "steadiness": steady, "track": track}
+    track = 1 / (
+        1 + error.gather(1, clips.motion[:, None])[:, 0] / 2.0**2
+    )  # 50 at 2 pixels from the law
+    result = {
+        "text alignment": torch.stack(list(right.values())).all(0).float(),
+        **{k: v.float() for k, v in right.items()},
+        "frame quality": frame_quality(video, found).mean(1),
+        "temporal quality": (identity + steady + track) / 3,
+        "identity": identity,
+        "steadiness": steady,
+        "track": track,
+    }
     return {k: 100 * v for k, v in result.items()}
 
 
@@ -75,10 +103,17 @@ def diversity(video, clips):
     left out; more spread than the data's does not count.
     """
     found = recover(video.flatten(0, 1)[:, [0, FPS]])
-    made = torch.stack([found.x, found.y, found.radius]).unflatten(1, video.shape[:2]).var(2)                    # [3, P, 2]
+    made = (
+        torch.stack([found.x, found.y, found.radius]).unflatten(1, video.shape[:2]).var(2)
+    )  # [3, P, 2]
     world = sample_clips(4000, torch.Generator().manual_seed(0), "all")
-    same = [world[(world.shape == s) & (world.motion == m)] for s, m in zip(clips.shape.cpu(), clips.motion.cpu())]
-    data = torch.stack([torch.stack(c.track(torch.tensor([0.0, 1.0]))[:3]).var(1) for c in same], dim=1)         # [3, P, 2]
+    same = [
+        world[(world.shape == s) & (world.motion == m)]
+        for s, m in zip(clips.shape.cpu(), clips.motion.cpu())
+    ]
+    data = torch.stack(
+        [torch.stack(c.track(torch.tensor([0.0, 1.0]))[:3]).var(1) for c in same], dim=1
+    )  # [3, P, 2]
     made, data = (v.mean(1).sqrt() for v in (made, data))
     return 100 * (made / data)[data > 0.5].clamp(max=1).mean().item()
 
@@ -92,8 +127,10 @@ def fixed_set(prompts=4, copies=2):
 def health(video, clips, copies=2):
     """What tells a healthy run from one that collapses, for videos of `fixed_set`: name -> 0 .. 100."""
     measured = measure(video.cpu(), clips)
-    return {name: measured[name].mean().item() for name in ("text alignment", "shape", "motion", "frame quality", "temporal quality")} | {
-        "diversity": diversity(video.cpu().unflatten(0, (-1, copies)), clips[::copies])}
+    return {
+        name: measured[name].mean().item()
+        for name in ("text alignment", "shape", "motion", "frame quality", "temporal quality")
+    } | {"diversity": diversity(video.cpu().unflatten(0, (-1, copies)), clips[::copies])}
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -104,10 +141,20 @@ def make_videos(kind, model, vae, text, generator, frames=FRAMES, steps=TEACHER_
     """
     if kind == "teacher":
         c, side = model.config, SIZE // 8
-        noise = torch.randn(len(text), 1 + (frames - 1) // vae.config.time_stride, c.in_dim, side, side, generator=generator)
+        noise = torch.randn(
+            len(text),
+            1 + (frames - 1) // vae.config.time_stride,
+            c.in_dim,
+            side,
+            side,
+            generator=generator,
+        )
         return vae.decode(solve_ode(model, noise.to(text.device), text, steps)[-1])[:, :frames]
-    source = stream(model, vae, text, generator) if kind == "student" else \
-        stream(model, vae, text, generator, steps, guidance=GUIDANCE)
+    source = (
+        stream(model, vae, text, generator)
+        if kind == "student"
+        else stream(model, vae, text, generator, steps, guidance=GUIDANCE)
+    )
     parts = []
     while sum(part.shape[1] for part in parts) < frames:
         parts.append(next(source)[1])
@@ -115,7 +162,9 @@ def make_videos(kind, model, vae, text, generator, frames=FRAMES, steps=TEACHER_
 
 
 @torch.no_grad()
-def evaluate(kind, model, vae, encoder, count=200, split="held-out", seed=0, batch=10, name="model"):
+def evaluate(
+    kind, model, vae, encoder, count=200, split="held-out", seed=0, batch=10, name="model"
+):
     """Measures of `count` clips sampled with prompts of a split: name -> 0 .. 100.
 
     Diversity is measured on 16 clips for each of the first 4 prompts beside them, fewer prompts if `count` is below 64."""
@@ -123,14 +172,18 @@ def evaluate(kind, model, vae, encoder, count=200, split="held-out", seed=0, bat
     clips = sample_clips(count, generator, split)
     bar = tqdm(total=count + 16 * groups, unit="clip", desc=name)
     for start in range(0, count, batch):
-        part = clips[start:start + batch]
+        part = clips[start : start + batch]
         video = make_videos(kind, model, vae, encoder(part.prompts()), generator).cpu()
         values.append(measure(video, part))
         bar.update(len(part))
     result = {key: torch.cat([v[key] for v in values]).mean().item() for key in values[0]}
     made = []
     for index in range(groups):
-        made.append(make_videos(kind, model, vae, encoder(clips[index:index + 1].prompts() * 16), generator).cpu())
+        made.append(
+            make_videos(
+                kind, model, vae, encoder(clips[index : index + 1].prompts() * 16), generator
+            ).cpu()
+        )
         bar.update(16)
     bar.close()
     return result | ({"diversity": diversity(torch.stack(made), clips[:groups])} if groups else {})
@@ -142,16 +195,39 @@ def over_time(kind, model, vae, encoder, seconds=60, count=20, seed=0, batch=5, 
     generator, width, windows = torch.Generator().manual_seed(seed), FRAMES - 1, []
     clips = sample_clips(count, generator, "held-out")
     for start in tqdm(range(0, count, batch), desc=name, unit="batch"):
-        part = clips[start:start + batch]
-        video = make_videos(kind, model, vae, encoder(part.prompts()), generator, frames=seconds * FPS).cpu()
+        part = clips[start : start + batch]
+        video = make_videos(
+            kind, model, vae, encoder(part.prompts()), generator, frames=seconds * FPS
+        ).cpu()
         found = recover(video)
-        cut = lambda first: Recovered(*(getattr(found, f.name)[:, first:first + width] for f in fields(found)))
-        windows.append([measure(video[:, first:first + width], part, cut(first)) for first in range(0, seconds * FPS - width + 1, FPS)])
-    return {key: [torch.cat([w[i][key] for w in windows]).mean().item() for i in range(len(windows[0]))] for key in windows[0][0]}
+        cut = lambda first: Recovered(
+            *(getattr(found, f.name)[:, first : first + width] for f in fields(found))
+        )
+        windows.append(
+            [
+                measure(video[:, first : first + width], part, cut(first))
+                for first in range(0, seconds * FPS - width + 1, FPS)
+            ]
+        )
+    return {
+        key: [torch.cat([w[i][key] for w in windows]).mean().item() for i in range(len(windows[0]))]
+        for key in windows[0][0]
+    }
 
 
 # -------------------------------------------------------------------------------------------------- the action world
-def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=None, seed=1, name=None, ahead=None):
+def play_walks(
+    model,
+    vae,
+    encoder,
+    count=8,
+    frames=60 * FPS,
+    steps=4,
+    guidance=None,
+    seed=1,
+    name=None,
+    ahead=None,
+):
     """Stream random walks of the action world (NFD) frame by frame -> (video [B, F, 3, 64, 64], measures name -> 0 .. 100).
 
     action accuracy (`actions_obeyed`; and with walls for the size of the moment), frame quality and looks (frames with the prompt's colour,
@@ -162,26 +238,60 @@ def play_walks(model, vae, encoder, count=8, frames=60 * FPS, steps=4, guidance=
     text = encoder(walks.prompts())
     bar = lambda made, total: tqdm(made, total=total, unit="frame", desc=name, disable=name is None)
     if ahead:
-        worlds = [Player(model, vae, text[i:i + 1], generator, steps, ahead) for i in range(count)]
+        worlds = [
+            Player(model, vae, text[i : i + 1], generator, steps, ahead) for i in range(count)
+        ]
         plays = ((worlds[i], action) for i in range(count) for action in walks.actions[i].tolist())
-        video = torch.stack([world.step(action).cpu() for world, action in bar(plays, count * frames)]).unflatten(0, (count, frames))
+        video = torch.stack(
+            [world.step(action).cpu() for world, action in bar(plays, count * frames)]
+        ).unflatten(0, (count, frames))
     else:
-        source = stream(model, vae, text, generator, steps, guidance=guidance, actions=lambda made: walks.actions[:, made:made + 1].to(text.device))
-        video = torch.cat([video.cpu() for _, video in bar(itertools.islice(source, frames), frames)], dim=1)
+        source = stream(
+            model,
+            vae,
+            text,
+            generator,
+            steps,
+            guidance=guidance,
+            actions=lambda made: walks.actions[:, made : made + 1].to(text.device),
+        )
+        video = torch.cat(
+            [video.cpu() for _, video in bar(itertools.islice(source, frames), frames)], dim=1
+        )
     found = recover(video)
-    looks = torch.stack([getattr(found, name) == getattr(walks, name)[:, None] for name in ("colour", "shape", "background")]).all(0)
-    measured = {"action accuracy": actions_obeyed(found, walks.actions), "at the size of the moment": actions_obeyed(found, walks.actions, True),
-                "frame quality": frame_quality(video, found), "looks": looks}
-    return video, {name + part: 100 * value.float()[:, span].mean().item() for part, span in
-                   (("", slice(None)), (", last 10 s", slice(-10 * FPS, None))) for name, value in measured.items()}
+    looks = torch.stack(
+        [
+            getattr(found, name) == getattr(walks, name)[:, None]
+            for name in ("colour", "shape", "background")
+        ]
+    ).all(0)
+    measured = {
+        "action accuracy": actions_obeyed(found, walks.actions),
+        "at the size of the moment": actions_obeyed(found, walks.actions, True),
+        "frame quality": frame_quality(video, found),
+        "looks": looks,
+    }
+    return video, {
+        name + part: 100 * value.float()[:, span].mean().item()
+        for part, span in (("", slice(None)), (", last 10 s", slice(-10 * FPS, None)))
+        for name, value in measured.items()
+    }
 
 
 def table(rows):
     """Rows name -> measures as a markdown table."""
-    hidden = ("identity", "steadiness", "track")                                                   # they make up the temporal quality
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row if column not in hidden))
+    hidden = ("identity", "steadiness", "track")  # they make up the temporal quality
+    columns = list(
+        dict.fromkeys(column for row in rows.values() for column in row if column not in hidden)
+    )
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(f"{row[c]:.1f}" if c in row else "" for c in columns) + " |" for name, row in rows.items()])
+    return "\n".join(
+        lines
+        + [
+            f"| {name} | " + " | ".join(f"{row[c]:.1f}" if c in row else "" for c in columns) + " |"
+            for name, row in rows.items()
+        ]
+    )
 
 
 # Table 4 of the paper, and self-rollout: name, how it samples, its weights, and the command that trains them if they are not there;
@@ -191,11 +301,32 @@ CAUSAL = "runs/causal_teacher/causal_teacher.safetensors"
 ABLATION = [
     ("many steps, bidirectional", "teacher", "weights/teacher.safetensors", None),
     ("many steps, causal", "causal", CAUSAL, "teacher.py --causal --steps 450"),
-    ("4 steps, no ODE init", "student", "runs/dmd_no_ode_init/student.safetensors", "dmd.py --student weights/teacher.safetensors"),
+    (
+        "4 steps, no ODE init",
+        "student",
+        "runs/dmd_no_ode_init/student.safetensors",
+        "dmd.py --student weights/teacher.safetensors",
+    ),
     ("4 steps, ODE init alone", "student", "weights/ode_init.safetensors", None),
-    ("4 steps, ODE init, causal teacher", "student", "runs/dmd_causal/student.safetensors", f"dmd.py --causal-scores --teacher {CAUSAL}"),
-    ("4 steps, ODE init, bidirectional teacher", "student", "runs/dmd_bidirectional/student.safetensors", "dmd.py"),
-    ("the same with self-rollout", "student", "runs/dmd_self/student.safetensors", "dmd.py --rollout self")]
+    (
+        "4 steps, ODE init, causal teacher",
+        "student",
+        "runs/dmd_causal/student.safetensors",
+        f"dmd.py --causal-scores --teacher {CAUSAL}",
+    ),
+    (
+        "4 steps, ODE init, bidirectional teacher",
+        "student",
+        "runs/dmd_bidirectional/student.safetensors",
+        "dmd.py",
+    ),
+    (
+        "the same with self-rollout",
+        "student",
+        "runs/dmd_self/student.safetensors",
+        "dmd.py --rollout self",
+    ),
+]
 
 
 def train_missing(path, command, options):
@@ -204,21 +335,25 @@ def train_missing(path, command, options):
     resume = ["--resume"] if os.path.exists(os.path.join(out, "checkpoint.pt")) else []
     subprocess.run([sys.executable, *command.split(), "--out", out, *options, *resume], cwd=ROOT)
     if not os.path.exists(path):
-        raise UserError(f"training stopped before {path} was written; the same command goes on with it")
+        raise UserError(
+            f"training stopped before {path} was written; the same command goes on with it"
+        )
 
 
 def draw_over_time(rows, path):
     """Draw what `over_time` measured, a panel a measure and a line a model (needs matplotlib)."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     panels = ("text alignment", "frame quality", "temporal quality")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.2), sharey=True)
     for axis, key in zip(axes, panels):
         for name, row in rows.items():
             axis.plot([5 + i for i in range(len(row[key]))], row[key], label=name)
         axis.set(title=key, xlabel="seconds", ylim=(0, 102))
-    axes[1].legend(fontsize=7, loc="lower center")                          # where no line runs: this measure stays high
+    axes[1].legend(fontsize=7, loc="lower center")  # where no line runs: this measure stays high
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -226,24 +361,63 @@ def draw_over_time(rows, path):
 def main():
     parser = argparse.ArgumentParser(description="Measure what models make of held-out prompts.")
     add = parser.add_argument
-    add("--teacher", nargs="*", default=[os.path.join(WEIGHTS, "teacher.safetensors")], help="weights to sample in many steps, bidirectionally")
-    add("--student", nargs="*", default=[os.path.join(WEIGHTS, "student.safetensors")], help="weights to stream in 4 steps")
+    add(
+        "--teacher",
+        nargs="*",
+        default=[os.path.join(WEIGHTS, "teacher.safetensors")],
+        help="weights to sample in many steps, bidirectionally",
+    )
+    add(
+        "--student",
+        nargs="*",
+        default=[os.path.join(WEIGHTS, "student.safetensors")],
+        help="weights to stream in 4 steps",
+    )
     add("--causal", nargs="*", default=[], help="weights to stream in many guided steps")
-    add("--ablation", action="store_true", help="the paper's Table 4 instead, after training what is missing")
-    add("--train-options", default="", help='options for the trainings of --ablation, such as "--steps 600 --batch-size 8" (but =--compile for a single one)')
-    add("--over-time", action="store_true", help="measure over a long stream (the paper's Figure 8); with matplotlib also a picture")
-    add("--play", action="store_true", help="the action world instead: the action teacher in 16 steps of its ODE and in the player's 4, and the player, over long streams of at most 20 walks")
-    add("--seconds", type=int, default=60, help="length of the streams of --over-time and --play, 15 or more")
+    add(
+        "--ablation",
+        action="store_true",
+        help="the paper's Table 4 instead, after training what is missing",
+    )
+    add(
+        "--train-options",
+        default="",
+        help='options for the trainings of --ablation, such as "--steps 600 --batch-size 8" (but =--compile for a single one)',
+    )
+    add(
+        "--over-time",
+        action="store_true",
+        help="measure over a long stream (the paper's Figure 8); with matplotlib also a picture",
+    )
+    add(
+        "--play",
+        action="store_true",
+        help="the action world instead: the action teacher in 16 steps of its ODE and in the player's 4, and the player, over long streams of at most 20 walks",
+    )
+    add(
+        "--seconds",
+        type=int,
+        default=60,
+        help="length of the streams of --over-time and --play, 15 or more",
+    )
     add("--clips", type=int, default=200)
     add("--split", default="held-out", choices=["held-out", "train"])
     add("--seed", type=int, default=0)
     add("--device", default="auto")
-    add("--out", default="runs/evaluate", help="FILE: writes FILE.json and FILE.md, and with --over-time FILE.png")
+    add(
+        "--out",
+        default="runs/evaluate",
+        help="FILE: writes FILE.json and FILE.md, and with --over-time FILE.png",
+    )
     args = parser.parse_args()
     if args.clips < 1 or args.seconds < 15:
         raise UserError("--clips must be at least 1 and --seconds at least 15")
     device = choose_device(args.device)
-    jobs = [(f"{kind} {os.path.relpath(path)}", kind, path) for kind in ("teacher", "causal", "student") for path in getattr(args, kind)]
+    jobs = [
+        (f"{kind} {os.path.relpath(path)}", kind, path)
+        for kind in ("teacher", "causal", "student")
+        for path in getattr(args, kind)
+    ]
     if args.ablation:
         jobs = [(name, kind, os.path.join(ROOT, path)) for name, kind, path, _ in ABLATION]
         for (_, _, path), (*_, command) in zip(jobs, ABLATION):
@@ -252,19 +426,57 @@ def main():
     encoder, rows = load_text_encoder(device=device), {}
     if args.play:
         vae, jobs = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), device), []
-        for name, file, steps, guidance, ahead in (("action teacher, 16 steps", "action_teacher", 16, 1, None), ("action teacher, 4 steps", "action_teacher", 4, None, None),
-                                                   ("player, 4 steps", "player", 4, None, None), ("player, 4 steps, speculative", "player", 4, None, 8)):
-            model, count = load_model(os.path.join(WEIGHTS, f"{file}.safetensors"), device), min(args.clips, 20)
-            rows[name] = play_walks(model, vae, encoder, count, args.seconds * FPS, steps, guidance, args.seed, name, ahead)[1]
+        for name, file, steps, guidance, ahead in (
+            ("action teacher, 16 steps", "action_teacher", 16, 1, None),
+            ("action teacher, 4 steps", "action_teacher", 4, None, None),
+            ("player, 4 steps", "player", 4, None, None),
+            ("player, 4 steps, speculative", "player", 4, None, 8),
+        ):
+            model, count = (
+                load_model(os.path.join(WEIGHTS, f"{file}.safetensors"), device),
+                min(args.clips, 20),
+            )
+            rows[name] = play_walks(
+                model,
+                vae,
+                encoder,
+                count,
+                args.seconds * FPS,
+                steps,
+                guidance,
+                args.seed,
+                name,
+                ahead,
+            )[1]
     vae, models = load_vae(device=device), [load_model(path, device) for _, _, path in jobs]
     for (name, kind, _), model in zip(jobs, models):
         if args.over_time and kind != "teacher":
-            rows[name] = over_time(kind, model, vae, encoder, args.seconds, count=min(args.clips, 20), seed=args.seed, name=name)
+            rows[name] = over_time(
+                kind,
+                model,
+                vae,
+                encoder,
+                args.seconds,
+                count=min(args.clips, 20),
+                seed=args.seed,
+                name=name,
+            )
         elif not args.over_time:
-            rows[name] = evaluate(kind, model, vae, encoder, args.clips, args.split, args.seed, name=name)
-    text = table({f"{name}, {part} 10 s": {k: sum(v[span]) / len(v[span]) for k, v in row.items()} for name, row in rows.items()
-                  for part, span in (("first", slice(0, 6)), ("last", slice(-6, None)))} if args.over_time else rows)
-    write_results(args.out, {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}, text)
+            rows[name] = evaluate(
+                kind, model, vae, encoder, args.clips, args.split, args.seed, name=name
+            )
+    text = table(
+        {
+            f"{name}, {part} 10 s": {k: sum(v[span]) / len(v[span]) for k, v in row.items()}
+            for name, row in rows.items()
+            for part, span in (("first", slice(0, 6)), ("last", slice(-6, None)))
+        }
+        if args.over_time
+        else rows
+    )
+    write_results(
+        args.out, {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}, text
+    )
     if args.over_time:
         try:
             draw_over_time(rows, args.out + ".png")

@@ -2,6 +2,7 @@
 
 What cannot be read or written ends in a UserError, one line that says why; what was there before stays.
 """
+
 import contextlib
 import os
 
@@ -15,7 +16,10 @@ from training import UserError
 def fit(frame, size):
     """Any picture as an array [H, W], [H, W, 1], 3 or 4 channels, 8 or 16 bits -> [3, size, size] in [-1, 1]: resized so that it
     covers the square, and cropped at the middle. What is transparent becomes black."""
-    pixels = torch.from_numpy(frame.astype("float32") / (65535 if frame.dtype.itemsize == 2 else 255 if frame.dtype.itemsize == 1 else 1))
+    pixels = torch.from_numpy(
+        frame.astype("float32")
+        / (65535 if frame.dtype.itemsize == 2 else 255 if frame.dtype.itemsize == 1 else 1)
+    )
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.shape[-1] in (2, 4):
         pixels = pixels[..., :-1] * pixels[..., -1:]
@@ -24,15 +28,16 @@ def fit(frame, size):
     shape = [max(size, round(side * scale)) for side in pixels.shape[1:]]
     pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0] * 2 - 1
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return pixels[:, top:top + size, left:left + size].clamp(-1, 1)
+    return pixels[:, top : top + size, left : left + size].clamp(-1, 1)
 
 
 def read_image(path, size=SIZE):
     """An image file -> [1, 3, size, size] in [-1, 1]. Raises UserError if imageio cannot read it."""
     import imageio.v3 as iio
+
     try:
         image = iio.imread(path, index=0)
-    except Exception as error:                                         # each of imageio's readers has its own
+    except Exception as error:  # each of imageio's readers has its own
         raise UserError(f"cannot read the image {path}: {_reason(error)}") from None
     if image.shape[:2] != (size, size):
         print(f"{path}: {image.shape[1]} x {image.shape[0]} resized and cropped to {size} x {size}")
@@ -44,6 +49,7 @@ def read_video(path, size=SIZE):
 
     Raises UserError if it cannot be read or has no frame."""
     import imageio.v2 as iio
+
     try:
         reader = iio.get_reader(path, "FFMPEG", output_params=["-vf", f"fps={FPS}"])
         source = iter(reader)
@@ -52,17 +58,23 @@ def read_video(path, size=SIZE):
         raise UserError(f"cannot read a video from {path}: {_reason(error)}") from None
     about = reader.get_meta_data()
     if (*first.shape[:2], about["fps"]) != (size, size, FPS):
-        print(f"{path}: {first.shape[1]} x {first.shape[0]} at {about['fps']:g} frames/s resized and cropped to {size} x {size}, at {FPS}")
+        print(
+            f"{path}: {first.shape[1]} x {first.shape[0]} at {about['fps']:g} frames/s resized and cropped to {size} x {size}, at {FPS}"
+        )
 
     def frames():
         yield fit(first, size)
         for frame in source:
             yield fit(frame, size)
+
     return frames(), max(1, round(about["duration"] * FPS))
 
 
 def _reason(error):
-    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or ["it has no frames"])[0]
+    return (
+        getattr(error, "strerror", None)
+        or (str(error).strip().splitlines() or ["it has no frames"])[0]
+    )
 
 
 class FrameWriter:
@@ -72,8 +84,12 @@ class FrameWriter:
 
     def __init__(self, path, total):
         self.path, self.kind = path, os.path.splitext(path)[1].lower()
-        self.temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part{self.kind}")
-        self.picked = {round(i * (total - 1) / 15) for i in range(16)} if self.kind == ".png" else None
+        self.temporary = os.path.join(
+            os.path.dirname(path), f".{os.path.basename(path)}.part{self.kind}"
+        )
+        self.picked = (
+            {round(i * (total - 1) / 15) for i in range(16)} if self.kind == ".png" else None
+        )
         self.count, self.sheet, self.writer = 0, [], None
 
     def __enter__(self):
@@ -82,10 +98,23 @@ class FrameWriter:
     def _open(self, height, width):
         """ffmpeg, fed frame by frame: the file grows as the video is made, whatever its length."""
         import imageio_ffmpeg
-        options = {".mp4": dict(codec="libx264", quality=9, macro_block_size=2),
-                   ".gif": dict(codec="gif", quality=None, macro_block_size=1, pix_fmt_out="pal8",         # a palette of its own for each frame
-                                output_params=["-vf", "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none"])}
-        self.writer = imageio_ffmpeg.write_frames(self.temporary, (width, height), fps=FPS, ffmpeg_log_level="quiet", **options[self.kind])
+
+        options = {
+            ".mp4": dict(codec="libx264", quality=9, macro_block_size=2),
+            ".gif": dict(
+                codec="gif",
+                quality=None,
+                macro_block_size=1,
+                pix_fmt_out="pal8",  # a palette of its own for each frame
+                output_params=[
+                    "-vf",
+                    "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none",
+                ],
+            ),
+        }
+        self.writer = imageio_ffmpeg.write_frames(
+            self.temporary, (width, height), fps=FPS, ffmpeg_log_level="quiet", **options[self.kind]
+        )
         self.writer.send(None)
 
     def write(self, video):
@@ -96,8 +125,10 @@ class FrameWriter:
                     if self.writer is None:
                         self._open(*frame.shape[:2])
                     self.writer.send(frame.numpy().tobytes())
-                except OSError:                                        # ffmpeg is gone
-                    raise UserError(f"cannot write {self.path}: the video's encoder gave up; is the disk full?") from None
+                except OSError:  # ffmpeg is gone
+                    raise UserError(
+                        f"cannot write {self.path}: the video's encoder gave up; is the disk full?"
+                    ) from None
             elif index in self.picked:
                 self.sheet.append(video[index - self.count].cpu())
         self.count += len(video)
@@ -110,7 +141,11 @@ class FrameWriter:
                 self._check()
             elif error is None:
                 rows = torch.stack(self.sheet)
-                save_sheet(rows.unflatten(0, (-1, 8)) if len(rows) % 8 == 0 else rows[None], self.temporary, columns=16)
+                save_sheet(
+                    rows.unflatten(0, (-1, 8)) if len(rows) % 8 == 0 else rows[None],
+                    self.temporary,
+                    columns=16,
+                )
             if error is None:
                 os.replace(self.temporary, self.path)
         except OSError as failure:
@@ -124,6 +159,7 @@ class FrameWriter:
     def _check(self):
         """ffmpeg does not say when it could not finish a file: count what it holds."""
         import imageio_ffmpeg
+
         try:
             whole = imageio_ffmpeg.count_frames_and_secs(self.temporary)[0] == self.count
         except RuntimeError:
@@ -141,7 +177,9 @@ def read_prompts(path):
         raise UserError(f"cannot read the prompts in {path}: {_reason(error)}") from None
     for number, line in enumerate(lines, 1):
         if set(line) & set("/\0") or len(os.fsencode(line)) > 230:
-            raise UserError(f"{path}, line {number}: a prompt names its file, which cannot hold a / or more than 230 bytes")
+            raise UserError(
+                f"{path}, line {number}: a prompt names its file, which cannot hold a / or more than 230 bytes"
+            )
     prompts = list(dict.fromkeys(line for line in lines if line))
     if not prompts:
         raise UserError(f"there is no prompt in {path}")

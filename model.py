@@ -3,6 +3,7 @@
 `DiT` is the text-to-video transformer of Wan 2.1 with the parameter names of its release. Two things are added, neither of
 which adds a parameter: each latent frame has its own diffusion time, and attention can be block-causal, with a cache.
 """
+
 import math
 from dataclasses import asdict, dataclass
 
@@ -21,6 +22,7 @@ class Schedule:
     kind "flow" (flow matching, Wan's and the default): alpha = 1 - t, sigma = t, v = eps - x0.
     kind "cosine" (variance preserving, CausVid's notation): alpha = cos(pi t / 2), sigma = sin(pi t / 2), v = alpha eps - sigma x0.
     """
+
     kind: str = "flow"
     shift: float = 1.0
 
@@ -36,7 +38,9 @@ class Schedule:
 
     def _coefficients(self, t, like):
         """alpha, sigma and their slopes (a, s), with v = a x0 + s eps and alpha s - sigma a = 1, shaped to multiply `like`."""
-        t = torch.as_tensor(t, device=like.device).to(torch.promote_types(like.dtype, torch.float32))
+        t = torch.as_tensor(t, device=like.device).to(
+            torch.promote_types(like.dtype, torch.float32)
+        )
         t = t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
         if self.kind == "flow":
             return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
@@ -45,7 +49,7 @@ class Schedule:
 
     def add_noise(self, x0, eps, t):
         alpha, sigma, _, _ = self._coefficients(t, x0)
-        return alpha * x0 + sigma * eps                             # x_t = alpha_t x0 + sigma_t eps
+        return alpha * x0 + sigma * eps  # x_t = alpha_t x0 + sigma_t eps
 
     def v(self, x0, eps, t):
         _, _, a, s = self._coefficients(t, x0)
@@ -53,7 +57,7 @@ class Schedule:
 
     def x0(self, x_t, v, t):
         _, sigma, _, s = self._coefficients(t, x_t)
-        return s * x_t - sigma * v                                  # the inverse of (x0, eps) -> (x_t, v), whose determinant is 1
+        return s * x_t - sigma * v  # the inverse of (x0, eps) -> (x_t, v), whose determinant is 1
 
     def eps(self, x_t, v, t):
         alpha, _, a, _ = self._coefficients(t, x_t)
@@ -65,7 +69,7 @@ class Schedule:
 
     def score(self, x_t, v, t):
         _, sigma, _, _ = self._coefficients(t, x_t)
-        return -self.eps(x_t, v, t) / sigma                         # grad log p(x_t) = -eps / sigma_t; sigma must not be 0
+        return -self.eps(x_t, v, t) / sigma  # grad log p(x_t) = -eps / sigma_t; sigma must not be 0
 
     def step(self, x_t, v, t, r):
         """One step of the probability-flow ODE from t to r, x_r = alpha_r x0 + sigma_r eps: DDIM, for flow matching Euler."""
@@ -76,6 +80,7 @@ class Schedule:
 @dataclass
 class ModelConfig:
     """Field names of Wan 2.1's release; the defaults are the small model for the shapes world."""
+
     dim: int = 192
     ffn_dim: int = 592
     freq_dim: int = 128
@@ -85,10 +90,10 @@ class ModelConfig:
     num_layers: int = 7
     text_dim: int = 64
     patch_size: tuple = (1, 2, 2)
-    shift: float = 5.0          # timestep shift that the model was trained with and samples with
-    chunk: int = 3              # k, latent frames a chunk when used causally
-    window: int = 4             # W, chunks that a chunk sees when used causally, itself included
-    num_actions: int = 0        # actions that lead from frame to frame (NFD); 0: a text-to-video model
+    shift: float = 5.0  # timestep shift that the model was trained with and samples with
+    chunk: int = 3  # k, latent frames a chunk when used causally
+    window: int = 4  # W, chunks that a chunk sees when used causally, itself included
+    num_actions: int = 0  # actions that lead from frame to frame (NFD); 0: a text-to-video model
 
 
 class Block(nn.Module):
@@ -101,15 +106,21 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(c.dim, 1e-6)
         self.cross_attn = CrossAttention(c.dim, c.num_heads)
         self.norm2 = nn.LayerNorm(c.dim, 1e-6, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim ** 0.5)
+        self.ffn = nn.Sequential(
+            nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
 
     def forward(self, x, time, keys, **attention):
         """x [B, L, D], time [B, T, 6, D], keys: the prompt's for this layer; attention: arguments of SelfAttention."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(2)   # each [B, T, 1, D]
-        frames = lambda y: y.unflatten(1, (time.shape[1], -1))                                            # [B, T, hw, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (self.modulation + time).unsqueeze(3).unbind(2)
+        )  # each [B, T, 1, D]
+        frames = lambda y: y.unflatten(1, (time.shape[1], -1))  # [B, T, hw, D]
         modulate = lambda y, shift, scale: torch.addcmul(shift, frames(y), 1 + scale).flatten(1, 2)
-        gated = lambda x, y, gate: torch.addcmul(frames(x), frames(y), gate).flatten(1, 2)                # x + gate y
+        gated = lambda x, y, gate: torch.addcmul(frames(x), frames(y), gate).flatten(
+            1, 2
+        )  # x + gate y
         x = gated(x, self.self_attn(modulate(self.norm1(x), shift1, scale1), **attention), gate1)
         x = x + self.cross_attn(self.norm3(x), keys)
         return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
@@ -122,7 +133,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(c.dim, 1e-6, elementwise_affine=False)
         self.head = nn.Linear(c.dim, math.prod(c.patch_size) * c.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim ** 0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
 
     def forward(self, x, time):
         """x [B, L, D], time [B, T, D] -> [B, L, patch * out_dim]."""
@@ -148,8 +159,12 @@ class DiT(nn.Module):
         if c.dim % c.num_heads or (c.dim // c.num_heads) % 2:
             raise ValueError(f"dim {c.dim} must split into {c.num_heads} heads of even width")
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         if c.num_actions:
             self.action_embedding = nn.Embedding(c.num_actions, c.dim)
@@ -174,8 +189,19 @@ class DiT(nn.Module):
     def new_cache(self, batch, height, width, chunk=None, window=None, ahead=1):
         """An empty KVCache for latents of height x width; chunk and window default to the config's. ahead: see there."""
         c, weight = self.config, self.patch_embedding.weight
-        return KVCache(c.num_layers, batch, chunk or c.chunk, window or c.window, height // c.patch_size[1],
-                       width // c.patch_size[2], c.num_heads, c.dim // c.num_heads, weight.device, weight.dtype, ahead)
+        return KVCache(
+            c.num_layers,
+            batch,
+            chunk or c.chunk,
+            window or c.window,
+            height // c.patch_size[1],
+            width // c.patch_size[2],
+            c.num_heads,
+            c.dim // c.num_heads,
+            weight.device,
+            weight.dtype,
+            ahead,
+        )
 
     def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None, actions=None):
         """Predict v for noisy latents.
@@ -189,24 +215,50 @@ class DiT(nn.Module):
         B, T, C, h, w = x_t.shape
         (pt, ph, pw), c = self.config.patch_size, self.config
         if C != c.in_dim or T % pt or h % ph or w % pw:
-            raise ValueError(f"latents {tuple(x_t.shape)} need {c.in_dim} channels and sides divisible by the patch {c.patch_size}")
+            raise ValueError(
+                f"latents {tuple(x_t.shape)} need {c.in_dim} channels and sides divisible by the patch {c.patch_size}"
+            )
         if (actions is None) != (c.num_actions == 0):
-            raise ValueError(f"a model with {c.num_actions} actions needs " + ("actions" if c.num_actions else "none"))
+            raise ValueError(
+                f"a model with {c.num_actions} actions needs "
+                + ("actions" if c.num_actions else "none")
+            )
         grid = (T // pt, h // ph, w // pw)
         # patches, flattened as the convolution's weight is: one matrix product
-        x = x_t.reshape(B, grid[0], pt, C, grid[1], ph, grid[2], pw).permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(B, math.prod(grid), -1)
-        x = nn.functional.linear(x.to(self.patch_embedding.weight.dtype), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        x = (
+            x_t.reshape(B, grid[0], pt, C, grid[1], ph, grid[2], pw)
+            .permute(0, 1, 4, 6, 3, 2, 5, 7)
+            .reshape(B, math.prod(grid), -1)
+        )
+        x = nn.functional.linear(
+            x.to(self.patch_embedding.weight.dtype),
+            self.patch_embedding.weight.flatten(1),
+            self.patch_embedding.bias,
+        )
 
-        time = self.time_embedding(sinusoidal_embedding(t[:, ::pt] * 1000, c.freq_dim).to(x.dtype))                 # [B, T, D]
+        time = self.time_embedding(
+            sinusoidal_embedding(t[:, ::pt] * 1000, c.freq_dim).to(x.dtype)
+        )  # [B, T, D]
         if actions is not None:
-            time = time + self.action_embedding(actions[:, ::pt])        # NFD: the action that leads to the frame
-        modulation = self.time_projection(time).unflatten(-1, (6, c.dim))                                # [B, T, 6, D]
+            time = time + self.action_embedding(
+                actions[:, ::pt]
+            )  # NFD: the action that leads to the frame
+        modulation = self.time_projection(time).unflatten(-1, (6, c.dim))  # [B, T, 6, D]
         keys = self.text_keys(text) if torch.is_tensor(text) else text
         start = cache.frames if cache is not None else 0
         table = rope_table(rope_angles(c.dim // c.num_heads, *grid, start, x.device), x.dtype)
         tokens = chunk * grid[1] * grid[2] if chunk is not None else None
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation, keys[layer], table=table, chunk=tokens, window=window, cache=cache, layer=layer)
+            x = block(
+                x,
+                modulation,
+                keys[layer],
+                table=table,
+                chunk=tokens,
+                window=window,
+                cache=cache,
+                layer=layer,
+            )
 
         x = self.head(x, time).unflatten(-1, (pt, ph, pw, c.out_dim)).unflatten(1, grid)
         return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(B, T, c.out_dim, h, w).to(x_t.dtype)

@@ -1,7 +1,8 @@
 """Stage 1: the causal student starts as a regression on the teacher's ODE trajectories (CausVid, "Student initialization").
 
-    python ode_init.py      makes the trajectories with the shipped teacher, then trains the student on them
+python ode_init.py      makes the trajectories with the shipped teacher, then trains the student on them
 """
+
 import hashlib
 import os
 
@@ -14,7 +15,18 @@ from evaluate import fixed_set, health, make_videos
 from model import load_model, save_model
 from sample import solve_ode
 from text import load_text_encoder
-from training import (EMA, WEIGHTS, Muon, UserError, autocast, check_training, optimise, run_main, train, training_parser)
+from training import (
+    EMA,
+    WEIGHTS,
+    Muon,
+    UserError,
+    autocast,
+    check_training,
+    optimise,
+    run_main,
+    train,
+    training_parser,
+)
 from vae import load_vae
 
 STUDENT_STEPS = 4
@@ -23,7 +35,9 @@ STUDENT_STEPS = 4
 def student_grid(solver_steps, student_steps=STUDENT_STEPS):
     """Indices of the student's times [student_steps + 1], 0 included, on the solver's grid. Raises UserError if they are not on it."""
     if solver_steps % student_steps:
-        raise UserError(f"--solver-steps must be a multiple of {student_steps}, so that the student's times lie on the solver's grid")
+        raise UserError(
+            f"--solver-steps must be a multiple of {student_steps}, so that the student's times lie on the solver's grid"
+        )
     return torch.arange(0, solver_steps + 1, solver_steps // student_steps)
 
 
@@ -33,11 +47,20 @@ def make_trajectories(teacher, encoder, count, solver_steps, shape, device, batc
 
     -> (states at the student's times, noise first and x0 last, [count, N + 1, T, C, h, w] in bf16; the prompts)
     """
-    generator, grid, states, prompts = torch.Generator().manual_seed(0), student_grid(solver_steps), [], []
+    generator, grid, states, prompts = (
+        torch.Generator().manual_seed(0),
+        student_grid(solver_steps),
+        [],
+        [],
+    )
     for _ in tqdm(range(0, count, batch), desc="solving ODEs", unit="batch"):
         prompts += sample_clips(batch, generator).prompts(generator)
         noise = torch.randn(batch, *shape, generator=generator).to(device)
-        states.append(solve_ode(teacher, noise, encoder(prompts[-batch:]), solver_steps)[grid].transpose(0, 1).to("cpu", torch.bfloat16))
+        states.append(
+            solve_ode(teacher, noise, encoder(prompts[-batch:]), solver_steps)[grid]
+            .transpose(0, 1)
+            .to("cpu", torch.bfloat16)
+        )
     return torch.cat(states), prompts
 
 
@@ -54,7 +77,9 @@ def regression_loss(student, states, text, generator):
     """
     c, (B, N, T) = student.config, states.shape[:3]
     level = chunk_levels(B, T, c.chunk, N, generator).to(states.device)
-    x_t = states[torch.arange(B, device=states.device)[:, None], level, torch.arange(T, device=states.device)]
+    x_t = states[
+        torch.arange(B, device=states.device)[:, None], level, torch.arange(T, device=states.device)
+    ]
     t = student.schedule.timesteps(N - 1).to(states.device, torch.float32)[level]
     v = student(x_t, t, text, chunk=c.chunk, window=c.window)
     return F.mse_loss(student.schedule.x0(x_t, v.float(), t), states[:, -1])
@@ -70,9 +95,15 @@ def student_sheet(student, vae, encoder, path):
 
 
 def main():
-    parser = training_parser("Train the causal student on the teacher's ODE trajectories.", 500, 8, 5e-4, "runs/ode_init")
-    parser.add_argument("--trajectories", type=int, default=448, help="number of trajectories (paper: about 1000)")
-    parser.add_argument("--solver-steps", type=int, default=12, help="steps of the teacher's ODE solver (paper: 50)")
+    parser = training_parser(
+        "Train the causal student on the teacher's ODE trajectories.", 500, 8, 5e-4, "runs/ode_init"
+    )
+    parser.add_argument(
+        "--trajectories", type=int, default=448, help="number of trajectories (paper: about 1000)"
+    )
+    parser.add_argument(
+        "--solver-steps", type=int, default=12, help="steps of the teacher's ODE solver (paper: 50)"
+    )
     args = parser.parse_args()
     student_grid(args.solver_steps)
     check_training(args)
@@ -85,7 +116,12 @@ def main():
     path = f"runs/trajectories/{key}-{args.trajectories}-{args.solver_steps}.pt"
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.save(make_trajectories(averaged, encoder, args.trajectories, args.solver_steps, (21, 8, 8, 8), args.device), path + ".tmp")
+        torch.save(
+            make_trajectories(
+                averaged, encoder, args.trajectories, args.solver_steps, (21, 8, 8, 8), args.device
+            ),
+            path + ".tmp",
+        )
         os.replace(path + ".tmp", path)
     states, prompts = torch.load(path, weights_only=True)
     ema, optimizer = EMA(student), Muon(student.blocks.parameters(), student.parameters(), args.lr)
@@ -98,7 +134,9 @@ def main():
         with torch.no_grad():
             text = encoder([prompts[n] for n in index.tolist()])
         with autocast(args):
-            loss = regression_loss(student, states[index].to(args.device, torch.float32), text, generator)
+            loss = regression_loss(
+                student, states[index].to(args.device, torch.float32), text, generator
+            )
         norm = optimise(optimizer, loss)
         ema.update(student, i)
         return {"loss": loss, "grad": norm}
@@ -109,7 +147,14 @@ def main():
 
     if train(args, {"student": student, "ema": ema, "optimizer": optimizer}, step, sheet):
         path = os.path.join(args.out, "ode_init.safetensors")
-        save_model(path, ema.shadow, student.config, stage="ODE-initialised student", steps=args.steps, seconds=round(args.seconds))
+        save_model(
+            path,
+            ema.shadow,
+            student.config,
+            stage="ODE-initialised student",
+            steps=args.steps,
+            seconds=round(args.seconds),
+        )
         print(f"wrote {path}")
 
 

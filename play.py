@@ -1,8 +1,9 @@
 """Next-Frame Diffusion: a world that runs frame by frame, an action in, a frame out, with speculative sampling.
 
-    python play.py                                                        a page on localhost to play on
-    python play.py --actions right*20,up*10,none*5 --out play.mp4         plays a script
+python play.py                                                        a page on localhost to play on
+python play.py --actions right*20,up*10,none*5 --out play.mp4         plays a script
 """
+
 import argparse
 import io
 import itertools
@@ -43,9 +44,15 @@ class Player:
         h, w = (side // 8 for side in size)
         self.model, self.vae, self.generator, self.most = model, vae, generator, most
         self.keys, self.times = model.text_keys(text), model.schedule.timesteps(steps)
-        self.cache, self.shape = model.new_cache(1, h, w, ahead=most), (steps, model.config.in_dim, h, w)
-        self.action, self.holds = None, 0.0                 # the last action; how often one stayed, a running mean
-        self.shown, self.ahead = [], []                     # latents [1, 1, C, h, w]: shown but not yet in the cache; made but not yet shown
+        self.cache, self.shape = (
+            model.new_cache(1, h, w, ahead=most),
+            (steps, model.config.in_dim, h, w),
+        )
+        self.action, self.holds = None, 0.0  # the last action; how often one stayed, a running mean
+        self.shown, self.ahead = (
+            [],
+            [],
+        )  # latents [1, 1, C, h, w]: shown but not yet in the cache; made but not yet shown
         self.random, self.decoder_state = generator.get_state(), {}
         self.blocks = self.made = self.dropped = 0
 
@@ -67,18 +74,30 @@ class Player:
         """N: what keeps the most frames for its cost. If the action stays with probability p, (1 - p^N) / (1 - p) of N frames are kept on
         average; with so few tokens in a frame, each adds about an eighth of what the block's passes take anyhow."""
         p = min(self.holds, 0.999)
-        return max(range(1, self.most + 1), key=lambda n: (1 - p ** n) / (1 - p) / (1 + n / 8))
+        return max(range(1, self.most + 1), key=lambda n: (1 - p**n) / (1 - p) / (1 + n / 8))
 
     def _make(self, count):
         """Denoise `count` frames in parallel, each seeing those before it, all under the present action."""
         noise, after = [], []
-        for _ in range(count):                              # frame by frame: what a frame draws does not depend on how many are made
+        for _ in range(
+            count
+        ):  # frame by frame: what a frame draws does not depend on how many are made
             noise.append(torch.randn(self.shape, generator=self.generator))
             after.append(self.generator.get_state())
-        first, *rest = torch.stack(noise, dim=1)[:, None].to(self.cache.k.device)               # [steps, 1, count, C, h, w]
+        first, *rest = torch.stack(noise, dim=1)[:, None].to(
+            self.cache.k.device
+        )  # [steps, 1, count, C, h, w]
         rest = iter(rest)
         actions = torch.full((1, count), self.action, device=first.device)
-        x0 = denoise_chunk(self.model, first, self.times, self.keys, self.cache, lambda shape: next(rest), actions=actions)
+        x0 = denoise_chunk(
+            self.model,
+            first,
+            self.times,
+            self.keys,
+            self.cache,
+            lambda shape: next(rest),
+            actions=actions,
+        )
         self.ahead = list(zip(x0.split(1, dim=1), after))
         self.blocks, self.made = self.blocks + 1, self.made + count
 
@@ -86,7 +105,13 @@ class Player:
         """The frames shown since the last time pass once more, clean, into the cache."""
         if self.shown:
             x0, actions = zip(*self.shown)
-            remember_chunk(self.model, torch.cat(x0, dim=1), self.keys, self.cache, torch.tensor([actions], device=x0[0].device))
+            remember_chunk(
+                self.model,
+                torch.cat(x0, dim=1),
+                self.keys,
+                self.cache,
+                torch.tensor([actions], device=x0[0].device),
+            )
             self.shown = []
 
     def _drop(self):
@@ -104,7 +129,14 @@ class Show:
         """player(looks) -> Player; streamed(prompt) -> iterator of frames [3, H, W], where prompt() is the prompt of the moment."""
         self.player, self.streamed, self.fps = player, streamed, fps
         self.mode, self.action, self.looks, self.prompt = "play", "none", LOOKS, PROMPT
-        self.image, self.number, self.viewers, self.cost, self.kept, self.fresh = b"", 0, 0, 0.1, 100.0, False
+        self.image, self.number, self.viewers, self.cost, self.kept, self.fresh = (
+            b"",
+            0,
+            0,
+            0.1,
+            100.0,
+            False,
+        )
         self.changed = threading.Condition()
 
     def frames(self):
@@ -117,18 +149,26 @@ class Show:
                     yield player.step(NAMES.index(self.action))
                     self.kept = 100 * (1 - player.dropped / player.made)
             else:
-                yield from itertools.takewhile(lambda _: self.mode == "text", self.streamed(lambda: self.prompt))
+                yield from itertools.takewhile(
+                    lambda _: self.mode == "text", self.streamed(lambda: self.prompt)
+                )
 
     def run(self):
         """Make frames for ever, at most `fps` a second; `cost` is the seconds that one takes, a running mean."""
         import imageio.v3 as iio
+
         frames, due = self.frames(), 0.0
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.viewers)
             started = time.perf_counter()
             frame = to_uint8(next(frames))
-            image = iio.imwrite("<bytes>", frame.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy(), extension=".jpg", quality=95)
+            image = iio.imwrite(
+                "<bytes>",
+                frame.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy(),
+                extension=".jpg",
+                quality=95,
+            )
             self.cost += 0.05 * (time.perf_counter() - started - self.cost)
             time.sleep(max(0.0, due - time.perf_counter()))
             due = max(due, time.perf_counter() - 1 / self.fps) + 1 / self.fps
@@ -138,22 +178,36 @@ class Show:
 
     def steer(self, wish):
         """Do what a visitor wants, {"action": name}, {"looks": text} or {"prompt": text}. Raises ValueError for anything else."""
-        kind, value = next(iter(wish.items())) if isinstance(wish, dict) and len(wish) == 1 else (None, None)
+        kind, value = (
+            next(iter(wish.items())) if isinstance(wish, dict) and len(wish) == 1 else (None, None)
+        )
         if kind == "action" and value in NAMES:
             self.action = value
-        elif kind in ("looks", "prompt") and isinstance(value, str) and 0 < len(value.strip()) <= 200:
+        elif (
+            kind in ("looks", "prompt") and isinstance(value, str) and 0 < len(value.strip()) <= 200
+        ):
             setattr(self, kind, value)
             self.mode, self.fresh = {"looks": "play", "prompt": "text"}[kind], kind == "looks"
         else:
-            raise ValueError(f"one of action ({', '.join(NAMES)}), looks and prompt, as a JSON object")
+            raise ValueError(
+                f"one of action ({', '.join(NAMES)}), looks and prompt, as a JSON object"
+            )
 
     def state(self):
-        return {"mode": self.mode, "action": self.action, "looks": self.looks, "prompt": self.prompt, "frame": self.number,
-                "frames/s": round(1 / self.cost, 1), "guesses kept, %": round(self.kept, 1)}
+        return {
+            "mode": self.mode,
+            "action": self.action,
+            "looks": self.looks,
+            "prompt": self.prompt,
+            "frame": self.number,
+            "frames/s": round(1 / self.cost, 1),
+            "guesses kept, %": round(self.kept, 1),
+        }
 
 
 def handler(show):
     """The request handler of a Show: the page, its frames as one endless multipart image, its state, and wishes."""
+
     class Handler(BaseHTTPRequestHandler):
         timeout = 30
 
@@ -196,8 +250,11 @@ def handler(show):
                     with show.changed:
                         show.changed.wait_for(lambda: show.number > seen)
                         image, seen = show.image, show.number
-                    self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(image), image))
-            except OSError:                                                   # the tab was closed
+                    self.wfile.write(
+                        b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
+                        % (len(image), image)
+                    )
+            except OSError:  # the tab was closed
                 pass
             finally:
                 with show.changed:
@@ -212,36 +269,50 @@ def handler(show):
                     raise ValueError("POST a wish of less than 2000 bytes to /steer")
                 show.steer(json.loads(self.rfile.read(length)))
                 self.answer(200, "application/json", b"{}")
-            except ValueError as error:                                       # not a number, not JSON, not UTF-8, not a wish
+            except ValueError as error:  # not a number, not JSON, not UTF-8, not a wish
                 self.answer(400, "text/plain; charset=utf-8", str(error).encode())
 
         def log_message(self, *_):
             pass
+
     return Handler
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
 def parse_actions(text):
-    """"right*20,up*10,none" -> indices into ACTIONS. Raises UserError for what it cannot read."""
+    """ "right*20,up*10,none" -> indices into ACTIONS. Raises UserError for what it cannot read."""
     actions = []
     for part in text.split(","):
         name, _, times = part.strip().partition("*")
-        if name not in ACTIONS or not (times or "1").isdecimal() or not 0 < int(times or 1) <= 1_000_000:
-            raise UserError(f"--actions cannot read {part.strip()!r}: write {', '.join(NAMES)}, each with *TIMES if it is to be held, and commas")
+        if (
+            name not in ACTIONS
+            or not (times or "1").isdecimal()
+            or not 0 < int(times or 1) <= 1_000_000
+        ):
+            raise UserError(
+                f"--actions cannot read {part.strip()!r}: write {', '.join(NAMES)}, each with *TIMES if it is to be held, and commas"
+            )
         actions += [NAMES.index(name)] * int(times or 1)
     return actions
 
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description="Play in a world that a causal diffusion model makes, frame by frame.")
+    parser = argparse.ArgumentParser(
+        description="Play in a world that a causal diffusion model makes, frame by frame."
+    )
     add = parser.add_argument
-    add("--actions", help='a script such as "right*20,up*10,none*5"; without it a page opens on localhost')
+    add(
+        "--actions",
+        help='a script such as "right*20,up*10,none*5"; without it a page opens on localhost',
+    )
     add("--out", default="play.mp4", help="FILE.mp4, FILE.gif, or FILE.png for a sheet of frames")
     add("--looks", default=LOOKS, help=f'what is moved, such as "{LOOKS}"')
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=4, help="denoising steps")
-    add("--ahead", type=int, default=8, help="frames made ahead at most; 1: no speculative sampling")
+    add(
+        "--ahead", type=int, default=8, help="frames made ahead at most; 1: no speculative sampling"
+    )
     add("--port", type=int, default=8000, help="of the page")
     add("--weights", default=os.path.join(WEIGHTS, "player.safetensors"))
     add("--vae", default=os.path.join(WEIGHTS, "vae_frame.safetensors"))
@@ -258,10 +329,27 @@ def main():
     actions = args.actions and parse_actions(args.actions)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    model, vae, encoder = load_model(args.weights, device).to(dtype), load_vae(args.vae, device).to(dtype), load_text_encoder(args.text_encoder, device)
-    if model.config.num_actions != len(ACTIONS) or model.config.in_dim != vae.config.latent_dim or vae.config.time_stride != 1:
-        raise UserError(f"{args.weights} and {args.vae} are not an action model and the frame-wise VAE that goes with it")
-    player = lambda looks: Player(model, vae, encoder([looks]), torch.Generator().manual_seed(args.seed), args.steps, args.ahead)
+    model, vae, encoder = (
+        load_model(args.weights, device).to(dtype),
+        load_vae(args.vae, device).to(dtype),
+        load_text_encoder(args.text_encoder, device),
+    )
+    if (
+        model.config.num_actions != len(ACTIONS)
+        or model.config.in_dim != vae.config.latent_dim
+        or vae.config.time_stride != 1
+    ):
+        raise UserError(
+            f"{args.weights} and {args.vae} are not an action model and the frame-wise VAE that goes with it"
+        )
+    player = lambda looks: Player(
+        model,
+        vae,
+        encoder([looks]),
+        torch.Generator().manual_seed(args.seed),
+        args.steps,
+        args.ahead,
+    )
     if actions is None:
         serve(player, device, dtype, args.port)
         return
@@ -271,12 +359,18 @@ def main():
         for action in tqdm(actions, unit="frame", desc="playing"):
             writer.write(world.step(action)[None].float().cpu())
     spent = time.perf_counter() - started
-    print(f"wrote {args.out}: {len(actions)} frames, {len(actions) / spent:.1f} frames/s; {world.made} made in {world.blocks} blocks, {world.dropped} dropped")
+    print(
+        f"wrote {args.out}: {len(actions)} frames, {len(actions) / spent:.1f} frames/s; {world.made} made in {world.blocks} blocks, {world.dropped} dropped"
+    )
 
 
 def serve(player, device, dtype, port):
     """Open the page on localhost, and run until Ctrl-C."""
-    student, vae, encoder = load_model(os.path.join(WEIGHTS, "student.safetensors"), device).to(dtype), load_vae(device=device).to(dtype), load_text_encoder(device=device)
+    student, vae, encoder = (
+        load_model(os.path.join(WEIGHTS, "student.safetensors"), device).to(dtype),
+        load_vae(device=device).to(dtype),
+        load_text_encoder(device=device),
+    )
 
     def streamed(prompt):
         known = {}
@@ -286,13 +380,17 @@ def serve(player, device, dtype, port):
             if now not in known:
                 known[now] = encoder([now])
             return known[now]
+
         for _, video in stream(student, vae, text, torch.Generator().manual_seed(0)):
             yield from video[0]
+
     show = Show(player, streamed)
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), handler(show))
     except OSError as error:
-        raise UserError(f"cannot open port {port}: {error.strerror}; choose another with --port") from None
+        raise UserError(
+            f"cannot open port {port}: {error.strerror}; choose another with --port"
+        ) from None
     server.daemon_threads = True
     threading.Thread(target=show.run, daemon=True).start()
     print(f"play at http://127.0.0.1:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)

@@ -3,30 +3,50 @@
 `recover` finds colour, background, shape and place in every frame by drawing the best match; `fit_motions` finds the motion by
 fitting the law of each to the track.
 """
+
 import math
 from dataclasses import dataclass
 
 import torch
 
-from data import (ACTIONS, BACKGROUNDS, BOUNCE, CLOCKWISE, COLOURS, COUNTER, FPS, MOTIONS, PULSE, REACH, RISE, SHAPES, SIZE, SLIDE, SPIN, STEP,
-                  STILL, draw)
+from data import (
+    ACTIONS,
+    BACKGROUNDS,
+    BOUNCE,
+    CLOCKWISE,
+    COLOURS,
+    COUNTER,
+    FPS,
+    MOTIONS,
+    PULSE,
+    REACH,
+    RISE,
+    SHAPES,
+    SIZE,
+    SLIDE,
+    SPIN,
+    STEP,
+    STILL,
+    draw,
+)
 
-PALETTE = torch.tensor(list(COLOURS.values())) / 127.5 - 1                             # [8, 3]
-BACKDROPS = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1                       # [4, 3]
-SMALLEST = 4.0                               # pixels: a smaller radius is no shape (the data's smallest is 6.5)
+PALETTE = torch.tensor(list(COLOURS.values())) / 127.5 - 1  # [8, 3]
+BACKDROPS = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1  # [4, 3]
+SMALLEST = 4.0  # pixels: a smaller radius is no shape (the data's smallest is 6.5)
 
 
 @dataclass
 class Recovered:
     """What B clips of F frames show. Indices into the tables of data.py; pixels and radians, as in `Clips.track`."""
-    colour: torch.Tensor        # [B, F], of each frame by itself
-    shape: torch.Tensor         # [B, F]
-    background: torch.Tensor    # [B, F]
-    x: torch.Tensor             # [B, F]
-    y: torch.Tensor             # [B, F]
-    radius: torch.Tensor        # [B, F]
-    angle: torch.Tensor         # [B, F], within one sector of the shape
-    video: torch.Tensor         # [B, F, 3, H, W], drawn from the above
+
+    colour: torch.Tensor  # [B, F], of each frame by itself
+    shape: torch.Tensor  # [B, F]
+    background: torch.Tensor  # [B, F]
+    x: torch.Tensor  # [B, F]
+    y: torch.Tensor  # [B, F]
+    radius: torch.Tensor  # [B, F]
+    angle: torch.Tensor  # [B, F], within one sector of the shape
+    video: torch.Tensor  # [B, F, 3, H, W], drawn from the above
 
 
 def mode(index, count):
@@ -38,8 +58,10 @@ def mode(index, count):
 def recover(video):
     """Analysis by synthesis of each frame of video [B, F, 3, 64, 64] in [-1, 1] by itself -> Recovered."""
     B, F = video.shape[:2]
-    frames = video.flatten(0, 1).float().cpu()                                                    # [N, 3, H, W]
-    border = torch.cat([frames[..., 0, :], frames[..., -1, :], frames[..., :, 0], frames[..., :, -1]], dim=-1)
+    frames = video.flatten(0, 1).float().cpu()  # [N, 3, H, W]
+    border = torch.cat(
+        [frames[..., 0, :], frames[..., -1, :], frames[..., :, 0], frames[..., :, -1]], dim=-1
+    )
     background = torch.cdist(border.median(-1).values, BACKDROPS).argmin(1)
     back = BACKDROPS[background][:, :, None, None]
     # each pixel is back + cover (front - back): for each colour the best cover of each pixel, and what it leaves unexplained
@@ -52,7 +74,7 @@ def recover(video):
         better = error < best
         best, colour = torch.where(better, error, best), torch.where(better, index, colour)
         cover = torch.where(better[:, None, None], c, cover)
-    cover = ((cover - 0.1) / 0.8).clamp(0, 1)                                     # what is faint on all the ground is not the shape
+    cover = ((cover - 0.1) / 0.8).clamp(0, 1)  # what is faint on all the ground is not the shape
     grid, area = torch.arange(SIZE) + 0.5, cover.sum((1, 2)).clamp(min=1)
     x, y = (cover * grid).sum((1, 2)) / area, (cover * grid[:, None]).sum((1, 2)) / area
     dx, dy = grid - x[:, None, None], grid[:, None] - y[:, None, None]
@@ -60,10 +82,17 @@ def recover(video):
 
     candidates = []
     for index, (n, outer, inner, turn) in enumerate(SHAPES.values()):
-        radius = (area / (n * inner * math.sin(math.pi / n))).sqrt() / outer      # the area of a star with n points
+        radius = (
+            area / (n * inner * math.sin(math.pi / n))
+        ).sqrt() / outer  # the area of a star with n points
         # its tips lie where the n-th moment of the cover points
         moment = cover * (rho / radius[:, None, None]).clamp(max=2 * outer) ** min(n, 6)
-        tips = torch.atan2((moment * torch.sin(n * a)).sum((1, 2)), (moment * torch.cos(n * a)).sum((1, 2))) / n
+        tips = (
+            torch.atan2(
+                (moment * torch.sin(n * a)).sum((1, 2)), (moment * torch.cos(n * a)).sum((1, 2))
+            )
+            / n
+        )
         angle = torch.zeros_like(x) if index == 0 else tips + turn
         angle = (angle + math.pi / n) % (2 * math.pi / n) - math.pi / n
         shape = torch.full_like(colour, index)
@@ -71,7 +100,21 @@ def recover(video):
         candidates.append((((drawn - frames) ** 2).sum((1, 2, 3)), shape, radius, angle, drawn))
     errors, shapes, radii, angles, drawings = (torch.stack(c) for c in zip(*candidates))
     best, n = errors.argmin(0), torch.arange(len(frames))
-    return Recovered(*(v.unflatten(0, (B, F)) for v in (colour, best, background, x, y, radii[best, n], angles[best, n], drawings[best, n])))
+    return Recovered(
+        *(
+            v.unflatten(0, (B, F))
+            for v in (
+                colour,
+                best,
+                background,
+                x,
+                y,
+                radii[best, n],
+                angles[best, n],
+                drawings[best, n],
+            )
+        )
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- laws of motion
@@ -90,13 +133,22 @@ def _fit_reflected(z, wall, seconds):
     """Straight motion of 6 to 29 pixels/s on one axis z [B, F] between the walls wall [B, 1] and 64 - wall: mean squared residual [B].
 
     Searched on a grid of speeds and starting points, which is then made finer twice around the best."""
-    span = SIZE - 2 * wall[..., None]                                                            # [B, 1, 1]
-    fold = lambda u: wall[..., None, None] + span[..., None] - (u % (2 * span[..., None]) - span[..., None]).abs()
-    speed, start = torch.full((len(z), 1), 17.5), torch.full((len(z), 1), 0.5)      # start in units of 2 spans
+    span = SIZE - 2 * wall[..., None]  # [B, 1, 1]
+    fold = lambda u: (
+        wall[..., None, None]
+        + span[..., None]
+        - (u % (2 * span[..., None]) - span[..., None]).abs()
+    )
+    speed, start = (
+        torch.full((len(z), 1), 17.5),
+        torch.full((len(z), 1), 0.5),
+    )  # start in units of 2 spans
     for speeds, starts, reach in ((48, 40, 1.0), (9, 9, 1 / 24), (9, 9, 1 / 100)):
-        v = speed + 11.5 * reach * torch.linspace(-1, 1, speeds)                                 # [B, S]
-        u = start + 0.5 * reach * torch.linspace(-1, 1, starts)                                  # [B, U]
-        track = fold(2 * span[..., None] * u[:, None, :, None] + v[:, :, None, None] * seconds)  # [B, S, U, F]
+        v = speed + 11.5 * reach * torch.linspace(-1, 1, speeds)  # [B, S]
+        u = start + 0.5 * reach * torch.linspace(-1, 1, starts)  # [B, U]
+        track = fold(
+            2 * span[..., None] * u[:, None, :, None] + v[:, :, None, None] * seconds
+        )  # [B, S, U, F]
         error = (track - z[:, None, None]).square().mean(-1).flatten(1)
         best = error.argmin(1, keepdim=True)
         speed, start = v.gather(1, best // starts), u.gather(1, best % starts)
@@ -114,7 +166,9 @@ def fit_motions(found, shape):
     points = torch.tensor([n for n, *_ in SHAPES.values()])[shape][:, None]
     variance = lambda v: (v - v.mean(1, keepdim=True)).square().mean(1)
     wrap = lambda angle: (angle + math.pi / points) % (2 * math.pi / points) - math.pi / points
-    outline = lambda turn: torch.where(shape == 0, 0.0, (size * wrap(found.angle - turn)).square().mean(1))
+    outline = lambda turn: torch.where(
+        shape == 0, 0.0, (size * wrap(found.angle - turn)).square().mean(1)
+    )
     w = 2 * math.pi / torch.linspace(1.7, 3.2, 46)
     wave = lambda sign: torch.exp(1j * sign * w[:, None] * seconds)
     ones = torch.ones(len(w), len(seconds))
@@ -132,16 +186,29 @@ def fit_motions(found, shape):
     for motion, sign in ((CLOCKWISE, 1), (COUNTER, -1)):
         error[:, motion] = _fit(x + 1j * y, turning(sign), norm, **reach) + variance(r) + upright
     wall = size * REACH + 1
-    error[:, BOUNCE] = _fit_reflected(x, wall, seconds) + _fit_reflected(y, wall, seconds) + variance(r) + upright
-    error[:, PULSE] = variance(x) + variance(y) + upright + _fit(r, swing, norm, 0.25 * size, 0.45 * size)
+    error[:, BOUNCE] = (
+        _fit_reflected(x, wall, seconds) + _fit_reflected(y, wall, seconds) + variance(r) + upright
+    )
+    error[:, PULSE] = (
+        variance(x) + variance(y) + upright + _fit(r, swing, norm, 0.25 * size, 0.45 * size)
+    )
     # spinning at rate w: the phase that is left, n (angle - w t), is constant; its circular mean is the start
     rates = 2 * math.pi / torch.linspace(2.4, 4.1, 52)
     rates = torch.cat([rates, -rates])[:, None]
-    start = torch.exp(1j * points[..., None] * (found.angle[:, None] - rates * seconds)).mean(-1, keepdim=True).angle() / points[..., None]
-    left = (found.angle[:, None] - rates * seconds - start)                                       # [B, rates, F]
-    left = (left + math.pi / points[..., None]) % (2 * math.pi / points[..., None]) - math.pi / points[..., None]
-    error[:, SPIN] = variance(x) + variance(y) + variance(r) + (size[..., None] * left).square().mean(-1).amin(1)
-    error[shape == 0, SPIN] = math.inf                                                            # a circle does not spin
+    start = (
+        torch.exp(1j * points[..., None] * (found.angle[:, None] - rates * seconds))
+        .mean(-1, keepdim=True)
+        .angle()
+        / points[..., None]
+    )
+    left = found.angle[:, None] - rates * seconds - start  # [B, rates, F]
+    left = (left + math.pi / points[..., None]) % (
+        2 * math.pi / points[..., None]
+    ) - math.pi / points[..., None]
+    error[:, SPIN] = (
+        variance(x) + variance(y) + variance(r) + (size[..., None] * left).square().mean(-1).amin(1)
+    )
+    error[shape == 0, SPIN] = math.inf  # a circle does not spin
     return error
 
 
@@ -150,9 +217,13 @@ def actions_obeyed(found, actions, momentary=False):
 
     Within half a step of where the action takes the shape from where it was in the frame before. A wall stops a shape of the walk's
     median size; momentary: of the size in the frame before, which leaves out what is wrong only because the size has changed."""
-    wall = (found.radius[:, :-1] if momentary else found.radius.median(1, keepdim=True).values) * REACH + 1
+    wall = (
+        found.radius[:, :-1] if momentary else found.radius.median(1, keepdim=True).values
+    ) * REACH + 1
     right = found.radius[:, 1:] >= SMALLEST
-    for at, move in zip((found.x, found.y), (STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]).unbind(-1)):
+    for at, move in zip(
+        (found.x, found.y), (STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]).unbind(-1)
+    ):
         goal = torch.minimum(torch.maximum(at[:, :-1] + move, wall), SIZE - wall)
         right = right & ((at[:, 1:] - goal).abs() < STEP / 2)
     return right

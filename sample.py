@@ -4,6 +4,7 @@
 
 The same stream goes on for as long as one likes, starts from an image, follows another video, and takes new prompts on the way.
 """
+
 import argparse
 import contextlib
 import itertools
@@ -22,7 +23,10 @@ from text import load_text_encoder
 from training import WEIGHTS, UserError, choose_device, choose_dtype, run_main
 from vae import load_vae
 
-TEACHER_STEPS, GUIDANCE = 32, 2.0         # the paper's: 50 and 3.5; in this small world 2 makes cleaner shapes
+TEACHER_STEPS, GUIDANCE = (
+    32,
+    2.0,
+)  # the paper's: 50 and 3.5; in this small world 2 makes cleaner shapes
 
 
 # -------------------------------------------------------------------------------------------- few steps, causal, cached
@@ -41,25 +45,35 @@ def denoise_chunk(model, x, times, keys, cache, noise, guidance=None, stop=None,
     causal many-step teacher), with classifier-free guidance; unless it is 1, keys and cache are then for 2 B, the prompts and as many
     null prompts. stop: end after so many steps, only the last with gradient (Self Forcing).
     """
-    schedule, last, trained = model.schedule, len(times) - 2 if stop is None else stop - 1, torch.is_grad_enabled()
+    schedule, last, trained = (
+        model.schedule,
+        len(times) - 2 if stop is None else stop - 1,
+        torch.is_grad_enabled(),
+    )
     attention = dict(chunk=cache.chunk, window=cache.window, cache=cache, actions=actions)
-    for step, (t, r) in enumerate(zip(times[:last + 1], times[1:])):
+    for step, (t, r) in enumerate(zip(times[: last + 1], times[1:])):
         at = torch.full(x.shape[:2], float(t), device=x.device)
         with torch.set_grad_enabled(trained and step == last):
             if guidance is not None:
-                v = model(x, at, keys, **attention) if guidance == 1 else guided_v(model, x, at, keys, guidance, **attention)
+                v = (
+                    model(x, at, keys, **attention)
+                    if guidance == 1
+                    else guided_v(model, x, at, keys, guidance, **attention)
+                )
                 x = schedule.step(x, v, t, r)
                 continue
             x = schedule.x0(x, model(x, at, keys, **attention), t)
             if step < last:
-                x = schedule.add_noise(x, noise(x.shape), r)                               # re-noise to the next time
+                x = schedule.add_noise(x, noise(x.shape), r)  # re-noise to the next time
     return x
 
 
 @torch.no_grad()
 def remember_chunk(model, x0, keys, cache, actions=None):
     """The end of Algorithm 2's loop: a finished chunk passes once more, clean, at t = 0, and leaves its keys and values in the cache."""
-    x0 = x0.repeat(cache.k.shape[1] // len(x0), 1, 1, 1, 1)                   # under guidance the cache has the null prompts' half too
+    x0 = x0.repeat(
+        cache.k.shape[1] // len(x0), 1, 1, 1, 1
+    )  # under guidance the cache has the null prompts' half too
     clean = torch.zeros(x0.shape[:2], device=x0.device)
     model(x0, clean, keys, chunk=cache.chunk, window=cache.window, cache=cache, actions=actions)
     cache.commit(x0.shape[1])
@@ -72,11 +86,17 @@ def rollout(model, noise, times, text, generator, first=None, actions=None):
     what later chunks read of it from the cache is a constant. first [B, F, C, h, w]: the clip goes on from these latents, at most a window
     of them. actions [B, F + T]: as for `DiT.forward`.
     """
-    c, given, more = model.config, 0 if first is None else first.shape[1], lambda shape: normal(shape, generator).to(noise.device)
+    c, given, more = (
+        model.config,
+        0 if first is None else first.shape[1],
+        lambda shape: normal(shape, generator).to(noise.device),
+    )
     cache, keys, x0_hat = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text), []
     if given:
         remember_chunk(model, first, keys, cache, None if actions is None else actions[:, :given])
-    stops = torch.randint(1, len(times), (-(-noise.shape[1] // c.chunk),), generator=generator).tolist()
+    stops = torch.randint(
+        1, len(times), (-(-noise.shape[1] // c.chunk),), generator=generator
+    ).tolist()
     acts = [None] * len(stops) if actions is None else actions[:, given:].split(c.chunk, dim=1)
     for chunk, stop, act in zip(noise.split(c.chunk, dim=1), stops, acts):
         x0_hat.append(denoise_chunk(model, chunk, times, keys, cache, more, stop=stop, actions=act))
@@ -85,7 +105,20 @@ def rollout(model, noise, times, text, generator, first=None, actions=None):
 
 
 @torch.no_grad()
-def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE), guidance=None, image=None, video=None, strength=1.0, actions=None):
+def stream(
+    model,
+    vae,
+    text,
+    generator,
+    steps=4,
+    window=None,
+    size=(SIZE, SIZE),
+    guidance=None,
+    image=None,
+    video=None,
+    strength=1.0,
+    actions=None,
+):
     """Video in constant memory, without end: yields (latents [B, k, C, h, w], video [B, F, 3, H, W]) chunk by chunk.
 
     text: embedded prompts [B, S, text_dim], or a function from the number of frames made so far to them, asked before each
@@ -98,11 +131,20 @@ def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE),
     actions: a function from the number of frames made so far to the actions [B, k] of the next chunk (NFD, where k = 1).
     """
     c, schedule, (h, w) = model.config, model.schedule, (side // 8 for side in size)
-    prompt, noise = text if callable(text) else lambda frames: text, lambda shape: normal(shape, generator).to(now.device)
-    times, frames, shown, encoder_state, decoder_state = schedule.timesteps(steps, strength), 0, None, {}, {}
+    prompt, noise = (
+        text if callable(text) else lambda frames: text,
+        lambda shape: normal(shape, generator).to(now.device),
+    )
+    times, frames, shown, encoder_state, decoder_state = (
+        schedule.timesteps(steps, strength),
+        0,
+        None,
+        {},
+        {},
+    )
     while True:
         now = prompt(frames)
-        if now is not shown:                                           # text keys and values: once for each prompt
+        if now is not shown:  # text keys and values: once for each prompt
             keys, shown = model.text_keys(now if guidance in (None, 1) else with_null(now)), now
         if frames == 0:
             cache = model.new_cache(len(keys[0][0]), h, w, window=window)
@@ -115,13 +157,18 @@ def stream(model, vae, text, generator, steps=4, window=None, size=(SIZE, SIZE),
                 piece = next(video, None)
                 if piece is None:
                     return
-                missing = -(piece.shape[1] - (frames == 0)) % vae.config.time_stride       # the last piece may end within a latent frame
-                source = vae.encode(torch.cat([piece] + missing * [piece[:, -1:]], dim=1).to(now.device), encoder_state)
-                x = schedule.add_noise(source, x[:, :source.shape[1]], times[0])
+                missing = (
+                    -(piece.shape[1] - (frames == 0)) % vae.config.time_stride
+                )  # the last piece may end within a latent frame
+                source = vae.encode(
+                    torch.cat([piece] + missing * [piece[:, -1:]], dim=1).to(now.device),
+                    encoder_state,
+                )
+                x = schedule.add_noise(source, x[:, : source.shape[1]], times[0])
             x0 = denoise_chunk(model, x, times, keys, cache, noise, guidance, actions=acts)
         made = vae.decode(x0, decoder_state)
-        yield x0, made[:, :piece.shape[1]] if video is not None else made
-        remember_chunk(model, x0, keys, cache, acts)                   # after the viewer has seen it
+        yield x0, made[:, : piece.shape[1]] if video is not None else made
+        remember_chunk(model, x0, keys, cache, acts)  # after the viewer has seen it
         frames += made.shape[1]
 
 
@@ -143,7 +190,7 @@ def with_null(text):
 def guided_v(model, x_t, t, text, guidance, **attention):
     """Classifier-free guidance, two passes made as one batch. x_t [B, T, C, h, w]; text: `with_null`, or its keys."""
     v_text, v_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), text, **attention).chunk(2)
-    return v_null + guidance * (v_text - v_null)                               # v = v_null + g (v_text - v_null)
+    return v_null + guidance * (v_text - v_null)  # v = v_null + g (v_text - v_null)
 
 
 @torch.no_grad()
@@ -163,22 +210,52 @@ def solve_ode(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE):
 
 # -------------------------------------------------------------------------------------------------------- command line
 def parse_args():
-    parser = argparse.ArgumentParser(description="Make a video from a prompt, streaming it chunk by chunk.")
+    parser = argparse.ArgumentParser(
+        description="Make a video from a prompt, streaming it chunk by chunk."
+    )
     add = parser.add_argument
     add("--prompt", help='such as "a red circle bouncing on a black background"')
-    add("--seconds", type=float, help="length of the video at 16 frames/s (5; with --video the video's)")
+    add(
+        "--seconds",
+        type=float,
+        help="length of the video at 16 frames/s (5; with --video the video's)",
+    )
     add("--seed", type=int, default=0)
-    add("--out", help="FILE.mp4, FILE.gif, or FILE.png for a sheet of frames (sample.mp4); with --prompts a folder")
-    add("--prompt-at", nargs=2, action="append", default=[], metavar=("SECONDS", "TEXT"), help="change the prompt mid-stream; any number of times")
+    add(
+        "--out",
+        help="FILE.mp4, FILE.gif, or FILE.png for a sheet of frames (sample.mp4); with --prompts a folder",
+    )
+    add(
+        "--prompt-at",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("SECONDS", "TEXT"),
+        help="change the prompt mid-stream; any number of times",
+    )
     add("--image", help="begin with this image")
     add("--video", help="follow this video")
-    add("--strength", type=float, help="how far to leave --video, the time t that it is noised to: 0 not at all, 1 altogether (0.7)")
-    add("--prompts", help="a file with a prompt in each line: videos of all into the folder --out, as VBench lays them out")
+    add(
+        "--strength",
+        type=float,
+        help="how far to leave --video, the time t that it is noised to: 0 not at all, 1 altogether (0.7)",
+    )
+    add(
+        "--prompts",
+        help="a file with a prompt in each line: videos of all into the folder --out, as VBench lays them out",
+    )
     add("--samples", type=int, help="videos for each of --prompts (5)")
     add("--steps", type=int, help="denoising steps (student 4, teacher 32)")
     add("--window", type=int, help="chunks of the past and present that a chunk sees")
-    add("--teacher", action="store_true", help="sample the bidirectional many-step teacher, for comparison (at most 81 frames)")
-    add("--weights", help="the transformer's weights (weights/student.safetensors or teacher.safetensors)")
+    add(
+        "--teacher",
+        action="store_true",
+        help="sample the bidirectional many-step teacher, for comparison (at most 81 frames)",
+    )
+    add(
+        "--weights",
+        help="the transformer's weights (weights/student.safetensors or teacher.safetensors)",
+    )
     add("--vae", default=os.path.join(WEIGHTS, "vae.safetensors"))
     add("--text-encoder", default=os.path.join(WEIGHTS, "text_encoder.safetensors"))
     add("--device", default="auto")
@@ -199,7 +276,10 @@ def parse_args():
             raise UserError(f"--{steering[0].replace('_', '-')} does not go with --{other}")
     if args.image and args.video:
         raise UserError("give one of --image and --video")
-    args.strength, args.samples = 0.7 if args.strength is None else args.strength, 5 if args.samples is None else args.samples
+    args.strength, args.samples = (
+        0.7 if args.strength is None else args.strength,
+        5 if args.samples is None else args.samples,
+    )
     if not 0 <= args.strength <= 1:
         raise UserError(f"--strength must lie between 0 and 1, not {args.strength:g}")
     if args.seconds is None and not args.video:
@@ -211,7 +291,9 @@ def parse_args():
             raise UserError(f"--{flag} must be at least 1")
     args.frames = None if args.seconds is None else max(1, round(args.seconds * FPS))
     if args.teacher and args.frames > FRAMES:
-        raise UserError(f"the teacher makes whole clips of at most {FRAMES} frames: --seconds {FRAMES / FPS:.2f} or less")
+        raise UserError(
+            f"the teacher makes whole clips of at most {FRAMES} frames: --seconds {FRAMES / FPS:.2f} or less"
+        )
     if args.prompts:
         args.prompts = read_prompts(args.prompts)
     args.changes = _changes(args)
@@ -223,7 +305,9 @@ def parse_args():
             raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     else:
         check_out(args.out)
-    args.weights = args.weights or os.path.join(WEIGHTS, "teacher.safetensors" if args.teacher else "student.safetensors")
+    args.weights = args.weights or os.path.join(
+        WEIGHTS, "teacher.safetensors" if args.teacher else "student.safetensors"
+    )
     return args
 
 
@@ -234,11 +318,19 @@ def _changes(args):
         try:
             at = float(seconds)
         except ValueError:
-            raise UserError(f"--prompt-at takes a time in seconds and a text, not {seconds!r}") from None
+            raise UserError(
+                f"--prompt-at takes a time in seconds and a text, not {seconds!r}"
+            ) from None
         if not 0 < at < end:
-            raise UserError(f"--prompt-at {seconds} must lie inside the video, after 0" + f" and before {end:g} seconds" * (end < math.inf))
+            raise UserError(
+                f"--prompt-at {seconds} must lie inside the video, after 0"
+                + f" and before {end:g} seconds" * (end < math.inf)
+            )
         if at in changes or not text.strip():
-            raise UserError(f"--prompt-at {seconds} " + ("is there twice" if at in changes else "has an empty prompt"))
+            raise UserError(
+                f"--prompt-at {seconds} "
+                + ("is there twice" if at in changes else "has an empty prompt")
+            )
         changes[at] = text
     return sorted(changes.items())
 
@@ -270,7 +362,9 @@ def videos(args, model, vae, text, generator, **steering):
     if not args.teacher:
         return stream(model, vae, text, generator, args.steps or 4, args.window, **steering)
     shape = (len(text), 1 + -(-(args.frames - 1) // 4), model.config.in_dim, SIZE // 8, SIZE // 8)
-    x0 = solve_ode(model, normal(shape, generator).to(text.device), text, args.steps or TEACHER_STEPS)[-1]
+    x0 = solve_ode(
+        model, normal(shape, generator).to(text.device), text, args.steps or TEACHER_STEPS
+    )[-1]
     return iter([(x0, vae.decode(x0))])
 
 
@@ -282,7 +376,7 @@ def write(chunks, paths, frames, total, bar):
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(FrameWriter(path, total)) for path in paths]
         for _, video in chunks:
-            video = video[:, :frames and frames - writers[0].count].float().cpu()
+            video = video[:, : frames and frames - writers[0].count].float().cpu()
             first = first or time.perf_counter()
             for writer, own in zip(writers, video):
                 writer.write(own)
@@ -299,28 +393,61 @@ def sample_one(args, model, vae, encoder):
         steering = dict(image=read_image(args.image))
     if args.video:
         frames, length = read_video(args.video)
-        steering, total = dict(video=pieces(frames, model.config.chunk, vae.config.time_stride), strength=args.strength), min(total or length, length)
+        steering, total = (
+            dict(
+                video=pieces(frames, model.config.chunk, vae.config.time_stride),
+                strength=args.strength,
+            ),
+            min(total or length, length),
+        )
     started = time.perf_counter()
     with tqdm(total=total, unit="frame", desc="teacher" if args.teacher else "streaming") as bar:
         texts = [(seconds * FPS, encoder([prompt])) for seconds, prompt in args.changes]
-        text = texts[0][1] if len(texts) == 1 else lambda made: [text for begin, text in texts if begin <= made][-1]
+        text = (
+            texts[0][1]
+            if len(texts) == 1
+            else lambda made: [text for begin, text in texts if begin <= made][-1]
+        )
         generator = torch.Generator().manual_seed(args.seed)
-        count, first = write(until_interrupted(videos(args, model, vae, text, generator, **steering)), [args.out], args.frames, total, bar)
+        count, first = write(
+            until_interrupted(videos(args, model, vae, text, generator, **steering)),
+            [args.out],
+            args.frames,
+            total,
+            bar,
+        )
         spent = time.perf_counter() - started
-    print(f"wrote {args.out}: {count} frames of {SIZE} x {SIZE}; first frame after {1000 * (first - started):.0f} ms, {count / spent:.1f} frames/s")
+    print(
+        f"wrote {args.out}: {count} frames of {SIZE} x {SIZE}; first frame after {1000 * (first - started):.0f} ms, {count / spent:.1f} frames/s"
+    )
 
 
 def sample_many(args, model, vae, encoder, batch=8):
     """--samples videos for each of --prompts into the folder --out, named as VBench wants them; those that are there already are kept.
 
     Number i of a prompt is what --prompt alone makes with --seed + i."""
-    jobs = [(prompt, index, os.path.join(args.out, f"{prompt}-{index}.mp4")) for prompt in args.prompts for index in range(args.samples)]
+    jobs = [
+        (prompt, index, os.path.join(args.out, f"{prompt}-{index}.mp4"))
+        for prompt in args.prompts
+        for index in range(args.samples)
+    ]
     missing = [job for job in jobs if not os.path.exists(job[-1])]
-    with tqdm(total=len(jobs) * args.frames, initial=(len(jobs) - len(missing)) * args.frames, unit="frame", desc="streaming") as bar:
+    with tqdm(
+        total=len(jobs) * args.frames,
+        initial=(len(jobs) - len(missing)) * args.frames,
+        unit="frame",
+        desc="streaming",
+    ) as bar:
         for start in range(0, len(missing), batch):
-            prompts, indices, paths = zip(*missing[start:start + batch])
+            prompts, indices, paths = zip(*missing[start : start + batch])
             generators = [torch.Generator().manual_seed(args.seed + index) for index in indices]
-            write(videos(args, model, vae, encoder(list(prompts)), generators), paths, args.frames, args.frames, bar)
+            write(
+                videos(args, model, vae, encoder(list(prompts)), generators),
+                paths,
+                args.frames,
+                args.frames,
+                bar,
+            )
     print(f"{args.out} holds all {len(jobs)} videos, {len(missing)} of them new")
 
 
@@ -330,10 +457,18 @@ def main():
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model = load_model(args.weights, device).to(dtype)
-    vae, encoder = load_vae(args.vae, device).to(dtype), load_text_encoder(args.text_encoder, device)
-    if (model.config.in_dim, model.config.text_dim) != (vae.config.latent_dim, encoder.config.text_dim):
-        raise UserError(f"{args.weights} does not go with the VAE ({vae.config.latent_dim} channels, the transformer "
-                        f"{model.config.in_dim}) and text encoder ({encoder.config.text_dim}, {model.config.text_dim})")
+    vae, encoder = (
+        load_vae(args.vae, device).to(dtype),
+        load_text_encoder(args.text_encoder, device),
+    )
+    if (model.config.in_dim, model.config.text_dim) != (
+        vae.config.latent_dim,
+        encoder.config.text_dim,
+    ):
+        raise UserError(
+            f"{args.weights} does not go with the VAE ({vae.config.latent_dim} channels, the transformer "
+            f"{model.config.in_dim}) and text encoder ({encoder.config.text_dim}, {model.config.text_dim})"
+        )
     (sample_many if args.prompts else sample_one)(args, model, vae, encoder)
 
 

@@ -4,6 +4,7 @@ A script builds its networks and optimisers, then calls `train` with a function 
 go on lies in OUT/checkpoint.pt: networks, optimisers, averages, step and random state. A run stopped at any moment and
 resumed ends in the same weights, bit for bit (float32, CPU), as one that was never stopped.
 """
+
 import argparse
 import json
 import math
@@ -45,7 +46,7 @@ def _fail(error):
 
 # ---------------------------------------------------------------------------------------------------- device and dtype
 def choose_device(name):
-    """"auto", "cpu", "cuda", "cuda:1" ... -> torch.device. Raises UserError for one that is not there."""
+    """ "auto", "cpu", "cuda", "cuda:1" ... -> torch.device. Raises UserError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -57,7 +58,7 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """"auto", "float32" or "bfloat16" -> torch.dtype.
+    """ "auto", "float32" or "bfloat16" -> torch.dtype.
 
     auto is bfloat16 where the hardware multiplies in it: on CUDA, and on processors with AMX or AVX512-BF16. Where it is
     emulated it is four times slower than float32.
@@ -65,21 +66,34 @@ def choose_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
     has = lambda check: getattr(torch.cpu, check, lambda: False)()
-    fast = device.type == "cuda" or has("_is_amx_tile_supported") or has("_is_avx512_bf16_supported")
+    fast = (
+        device.type == "cuda" or has("_is_amx_tile_supported") or has("_is_avx512_bf16_supported")
+    )
     return torch.bfloat16 if fast else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------- weights files
 def provenance():
     """Where a file comes from: command, commit, hardware and version of torch."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(WEIGHTS), capture_output=True, text=True).stdout.strip()
-    return {"command": " ".join(["python", os.path.basename(sys.argv[0])] + sys.argv[1:]), "commit": commit or "unknown",
-            "hardware": hardware(), "torch": torch.__version__}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=os.path.dirname(WEIGHTS),
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {
+        "command": " ".join(["python", os.path.basename(sys.argv[0])] + sys.argv[1:]),
+        "commit": commit or "unknown",
+        "hardware": hardware(),
+        "torch": torch.__version__,
+    }
 
 
 def save_weights(path, tensors, config, **origin):
     """Write tensors to a safetensors file in bf16, with the config as JSON and where they came from in the metadata."""
-    metadata = {"config": json.dumps(config)} | {k: str(v) for k, v in (provenance() | origin).items()}
+    metadata = {"config": json.dumps(config)} | {
+        k: str(v) for k, v in (provenance() | origin).items()
+    }
     tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
     save_file(tensors, path + ".tmp", metadata)
     os.replace(path + ".tmp", path)
@@ -94,7 +108,9 @@ def load_weights(path):
             config = json.loads((file.metadata() or {}).get("config", "null"))
             return {k: file.get_tensor(k).float() for k in file.keys()}, config
     except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{path} is not a whole safetensors file ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def load_into(module, tensors, path):
@@ -102,7 +118,9 @@ def load_into(module, tensors, path):
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"the weights in {path} do not fit the model: {str(error).splitlines()[1].strip()}") from None
+        raise UserError(
+            f"the weights in {path} do not fit the model: {str(error).splitlines()[1].strip()}"
+        ) from None
     return module
 
 
@@ -120,7 +138,10 @@ def write_results(out, result, text):
     print(text)
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        for suffix, content in ((".json", json.dumps(provenance() | result, indent=1)), (".md", text)):
+        for suffix, content in (
+            (".json", json.dumps(provenance() | result, indent=1)),
+            (".md", text),
+        ):
             with open(out + suffix + ".tmp", "w") as file:
                 file.write(content + "\n")
             os.replace(out + suffix + ".tmp", out + suffix)
@@ -129,10 +150,15 @@ def write_results(out, result, text):
     print(f"wrote {out}.json and {out}.md")
     # in the README, what stands between <!-- OUT.md --> and <!-- end -->
     root = os.path.dirname(WEIGHTS)
-    path, marker = os.path.join(root, "README.md"), re.escape(f"<!-- {os.path.relpath(out, root)}.md -->")
+    path, marker = (
+        os.path.join(root, "README.md"),
+        re.escape(f"<!-- {os.path.relpath(out, root)}.md -->"),
+    )
     with open(path, encoding="utf-8") as file:
         readme = file.read()
-    changed = re.sub(rf"({marker}\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
+    changed = re.sub(
+        rf"({marker}\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S
+    )
     if changed != readme:
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             file.write(changed)
@@ -144,17 +170,31 @@ def training_parser(description, steps, batch_size, lr, out):
     """The flags that every training script has."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    add("--steps", type=int, default=steps, help="length of the run; the learning rate falls to 0 over it")
+    add(
+        "--steps",
+        type=int,
+        default=steps,
+        help="length of the run; the learning rate falls to 0 over it",
+    )
     add("--batch-size", type=int, default=batch_size)
     add("--lr", type=float, default=lr)
     add("--seed", type=int, default=0)
     add("--out", default=out, help="folder for checkpoint, log, sheets and the trained weights")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--save-every", type=int, default=200, help="steps between two checkpoints")
-    add("--minutes", type=float, default=math.inf, help="stop after so many minutes; --resume goes on")
+    add(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="stop after so many minutes; --resume goes on",
+    )
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    add("--compile", action="store_true", help="fuse the networks with torch.compile (needs a C++ compiler, takes a minute)")
+    add(
+        "--compile",
+        action="store_true",
+        help="fuse the networks with torch.compile (needs a C++ compiler, takes a minute)",
+    )
     return parser
 
 
@@ -173,7 +213,9 @@ def check_training(args):
     if args.resume and not checkpoint:
         raise UserError(f"nothing to resume: {args.out} has no checkpoint.pt")
     if checkpoint and not args.resume:
-        raise UserError(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
+        raise UserError(
+            f"{args.out} holds a run already: add --resume to go on with it, or choose another --out"
+        )
 
 
 class EMA:
@@ -219,7 +261,13 @@ class Muon(torch.optim.AdamW):
     def __init__(self, hidden, parameters, lr, momentum=0.95):
         matrices = [p for p in hidden if p.ndim == 2]
         mine = {id(p) for p in matrices}
-        super().__init__([p for p in parameters if id(p) not in mine], lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        super().__init__(
+            [p for p in parameters if id(p) not in mine],
+            lr,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            fused=True,
+        )
         self.add_param_group({"params": matrices, "momentum": momentum})
 
     @torch.no_grad()
@@ -227,17 +275,19 @@ class Muon(torch.optim.AdamW):
         group, shapes = self.param_groups[1], {}
         for p in group["params"]:
             shapes.setdefault(p.shape, []).append(p)
-        for shape, matrices in shapes.items():                                # all matrices of a shape at once
+        for shape, matrices in shapes.items():  # all matrices of a shape at once
             for p in matrices:
                 state = self.state[p]
                 if not state:
-                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))       # loading AdamW's state asks for a step
+                    state.update(
+                        step=torch.tensor(0.0), momentum=torch.zeros_like(p)
+                    )  # loading AdamW's state asks for a step
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                p.grad.lerp_(state["momentum"], group["momentum"])            # Nesterov: look one step ahead
+                p.grad.lerp_(state["momentum"], group["momentum"])  # Nesterov: look one step ahead
             update = orthogonal(torch.stack([p.grad for p in matrices])) * (0.2 * max(shape) ** 0.5)
             torch._foreach_add_(matrices, list(update), alpha=-group["lr"])
             for p in matrices:
-                p.grad = None                                                 # nothing is left for AdamW
+                p.grad = None  # nothing is left for AdamW
         super().step()
 
 
@@ -256,7 +306,9 @@ def optimise(optimizer, loss, clip=1.0):
     """One optimiser step on a loss; returns the norm of the gradient before it was clipped to `clip`."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], clip
+    )
     optimizer.step()
     return norm
 
@@ -268,7 +320,9 @@ def train(args, state, step, sheet, warmup=50):
     over `warmup` steps and falls to 0 along a cosine. `sheet(path) -> dict of numbers to log` draws and measures samples, at every checkpoint.
     Returns False if the run was stopped (--minutes, Ctrl-C) before its last step, True when it is done. Raises UserError for a damaged checkpoint.
     """
-    generator = torch.Generator().manual_seed(args.seed)      # on the CPU: the same numbers on every device
+    generator = torch.Generator().manual_seed(
+        args.seed
+    )  # on the CPU: the same numbers on every device
     path, first, spent = os.path.join(args.out, "checkpoint.pt"), 0, 0.0
     if args.resume:
         try:
@@ -276,27 +330,51 @@ def train(args, state, step, sheet, warmup=50):
             for name, part in state.items():
                 part.load_state_dict(saved["state"][name])
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} does not fit this run ({str(error).splitlines()[0]})") from None
+            raise UserError(
+                f"{path} does not fit this run ({str(error).splitlines()[0]})"
+            ) from None
         generator.set_state(saved["generator"].cpu())
         first, spent = saved["step"], saved["seconds"]
         _forget_after(os.path.join(args.out, "log.jsonl"), first)
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-    base = [[group["lr"] for group in o.param_groups] if not args.resume else saved["base_lr"][i] for i, o in enumerate(optimizers)]
-    stop = []                                     # Ctrl-C and kill let the step in progress end, then save
-    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    started, bar = time.time(), tqdm(total=args.steps, initial=first, desc=os.path.basename(args.out), mininterval=2)
-    shown = {}                                    # the latest of each number
+    base = [
+        [group["lr"] for group in o.param_groups] if not args.resume else saved["base_lr"][i]
+        for i, o in enumerate(optimizers)
+    ]
+    stop = []  # Ctrl-C and kill let the step in progress end, then save
+    handlers = {
+        s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    started, bar = (
+        time.time(),
+        tqdm(total=args.steps, initial=first, desc=os.path.basename(args.out), mininterval=2),
+    )
+    shown = {}  # the latest of each number
 
     def save(i):
-        torch.save({"state": {k: v.state_dict() for k, v in state.items()}, "generator": generator.get_state(),
-                    "step": i, "seconds": spent + time.time() - started, "base_lr": base}, path + ".tmp")
+        torch.save(
+            {
+                "state": {k: v.state_dict() for k, v in state.items()},
+                "generator": generator.get_state(),
+                "step": i,
+                "seconds": spent + time.time() - started,
+                "base_lr": base,
+            },
+            path + ".tmp",
+        )
         os.replace(path + ".tmp", path)
 
     with open(os.path.join(args.out, "log.jsonl"), "a", buffering=1) as log:
+
         def note(i, numbers):
             numbers = {k: round(torch.as_tensor(v).item(), 6) for k, v in numbers.items()}
             if numbers:
-                log.write(json.dumps({"step": i, "seconds": round(spent + time.time() - started, 1), **numbers}) + "\n")
+                log.write(
+                    json.dumps(
+                        {"step": i, "seconds": round(spent + time.time() - started, 1), **numbers}
+                    )
+                    + "\n"
+                )
             shown.update({k: f"{v:.4g}" for k, v in numbers.items()})
             bar.set_postfix(shown, refresh=False)
 
@@ -328,7 +406,9 @@ def _forget_after(path, step):
     """Drop the log lines of steps that a resumed run will make again (written after the checkpoint it starts from)."""
     if os.path.exists(path):
         with open(path) as file:
-            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < step]
+            kept = [
+                line for line in file if line.endswith("\n") and json.loads(line)["step"] < step
+            ]
         with open(path + ".tmp", "w") as file:
             file.writelines(kept)
         os.replace(path + ".tmp", path)

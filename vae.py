@@ -7,6 +7,7 @@ first latent, every four frames after it the next one: F = 1 + 4 (T - 1).
     python vae.py                   trains it on the shapes world
     python vae.py --frame-wise      makes of the shipped one that of Next-Frame Diffusion, which does not merge frames
 """
+
 import copy
 import os
 from dataclasses import asdict, dataclass, replace
@@ -16,17 +17,30 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import FRAMES, sample_clips, save_sheet
-from training import (EMA, WEIGHTS, UserError, adamw, autocast, check_training, load_into, load_weights, optimise, run_main,
-                      save_weights, train, training_parser)
+from training import (
+    EMA,
+    WEIGHTS,
+    UserError,
+    adamw,
+    autocast,
+    check_training,
+    load_into,
+    load_weights,
+    optimise,
+    run_main,
+    save_weights,
+    train,
+    training_parser,
+)
 
 
 @dataclass
 class VAEConfig:
-    latent_dim: int = 8         # C, channels of a latent frame
-    time_stride: int = 4        # video frames a latent frame
-    dim: int = 96               # width at 1/8 of the resolution
-    fine_dim: int = 64          # width at 1/4
-    pixel_dim: int = 32         # width at 1/2, on the way up only
+    latent_dim: int = 8  # C, channels of a latent frame
+    time_stride: int = 4  # video frames a latent frame
+    dim: int = 96  # width at 1/8 of the resolution
+    fine_dim: int = 64  # width at 1/4
+    pixel_dim: int = 32  # width at 1/2, on the way up only
 
 
 def norm(dim):
@@ -46,7 +60,7 @@ class MemoryBlock(nn.Module):
         self.conv1 = nn.Conv2d(dim, 2 * dim, 3, padding=1)
         self.norm2 = norm(dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)          # a block starts as the identity
+        nn.init.zeros_(self.conv2.weight)  # a block starts as the identity
 
     def forward(self, x, clips, state):
         """x [clips * F, C, H, W]; state: dict that holds this block's message to the next frame, None for a whole clip."""
@@ -77,7 +91,11 @@ class Up(nn.Module):
 
     def __init__(self, dim, out, frames, scale):
         super().__init__()
-        self.frames, self.scale, self.conv = frames, scale, nn.Conv2d(dim, frames * scale * scale * out, 3, padding=1)
+        self.frames, self.scale, self.conv = (
+            frames,
+            scale,
+            nn.Conv2d(dim, frames * scale * scale * out, 3, padding=1),
+        )
 
     def forward(self, x):
         x = self.conv(x)
@@ -90,22 +108,46 @@ class VAE(nn.Module):
     def __init__(self, config=VAEConfig()):
         super().__init__()
         self.config, c = config, config
-        self.encoder = nn.ModuleList([
-            nn.PixelUnshuffle(4), nn.Conv2d(48, c.fine_dim, 3, padding=1), MemoryBlock(c.fine_dim),
-            Down(c.fine_dim, c.dim, 1, 2), MemoryBlock(c.dim),
-            Down(c.dim, c.dim, c.time_stride, 1), MemoryBlock(c.dim),
-            norm(c.dim), nn.SiLU(), nn.Conv2d(c.dim, 2 * c.latent_dim, 3, padding=1)])
-        self.decoder = nn.ModuleList([
-            nn.Conv2d(c.latent_dim, c.dim, 3, padding=1), Up(c.dim, c.dim, c.time_stride, 1),
-            MemoryBlock(c.dim), MemoryBlock(c.dim), Up(c.dim, c.fine_dim, 1, 2), MemoryBlock(c.fine_dim),
-            Up(c.fine_dim, c.pixel_dim, 1, 2), MemoryBlock(c.pixel_dim), norm(c.pixel_dim), nn.SiLU(), Up(c.pixel_dim, 3, 1, 2)])
+        self.encoder = nn.ModuleList(
+            [
+                nn.PixelUnshuffle(4),
+                nn.Conv2d(48, c.fine_dim, 3, padding=1),
+                MemoryBlock(c.fine_dim),
+                Down(c.fine_dim, c.dim, 1, 2),
+                MemoryBlock(c.dim),
+                Down(c.dim, c.dim, c.time_stride, 1),
+                MemoryBlock(c.dim),
+                norm(c.dim),
+                nn.SiLU(),
+                nn.Conv2d(c.dim, 2 * c.latent_dim, 3, padding=1),
+            ]
+        )
+        self.decoder = nn.ModuleList(
+            [
+                nn.Conv2d(c.latent_dim, c.dim, 3, padding=1),
+                Up(c.dim, c.dim, c.time_stride, 1),
+                MemoryBlock(c.dim),
+                MemoryBlock(c.dim),
+                Up(c.dim, c.fine_dim, 1, 2),
+                MemoryBlock(c.fine_dim),
+                Up(c.fine_dim, c.pixel_dim, 1, 2),
+                MemoryBlock(c.pixel_dim),
+                norm(c.pixel_dim),
+                nn.SiLU(),
+                Up(c.pixel_dim, 3, 1, 2),
+            ]
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.weight.any():
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
-        self.encoder[-1].weight.data[c.latent_dim:] *= 0.1
-        self.encoder[-1].bias.data[c.latent_dim:] = -6.0             # log variance: begin with next to no noise
-        self.register_buffer("mean", torch.zeros(c.latent_dim))      # of the raw latents, per channel: see `normalise`
+        self.encoder[-1].weight.data[c.latent_dim :] *= 0.1
+        self.encoder[-1].bias.data[
+            c.latent_dim :
+        ] = -6.0  # log variance: begin with next to no noise
+        self.register_buffer(
+            "mean", torch.zeros(c.latent_dim)
+        )  # of the raw latents, per channel: see `normalise`
         self.register_buffer("std", torch.ones(c.latent_dim))
         self.to(memory_format=torch.channels_last)
 
@@ -122,9 +164,12 @@ class VAE(nn.Module):
         stride = self.config.time_stride
         first = 0 if state else 1
         if video.shape[1] % stride != first % stride:
-            raise ValueError(f"a clip must have {first} + {stride} n frames, not {video.shape[1]}" if first else
-                             f"a stream goes on with {stride} n frames, not {video.shape[1]}")
-        if first:                                                    # the first frame alone fills the first group
+            raise ValueError(
+                f"a clip must have {first} + {stride} n frames, not {video.shape[1]}"
+                if first
+                else f"a stream goes on with {stride} n frames, not {video.shape[1]}"
+            )
+        if first:  # the first frame alone fills the first group
             video = torch.cat([video[:, :1].expand(-1, stride - 1, -1, -1, -1), video], dim=1)
         return self._run(self.encoder, video, state).chunk(2, dim=2)
 
@@ -148,7 +193,7 @@ class VAE(nn.Module):
         """`decode` of latents that are not normalised."""
         first = not state
         video = self._run(self.decoder, latents, state)
-        return video[:, self.config.time_stride - 1:] if first else video
+        return video[:, self.config.time_stride - 1 :] if first else video
 
     @staticmethod
     def _column(per_channel):
@@ -173,10 +218,16 @@ def load_vae(path=os.path.join(WEIGHTS, "vae.safetensors"), device="cpu"):
 def frame_wise(vae):
     """A VAE of time stride 1 (NFD) from one of stride n: every frame goes its way as the first frame of a clip does, which fills its group
     with n copies of itself, and of whose n decoded frames the last one counts."""
-    n, tensors, one = vae.config.time_stride, vae.state_dict(), VAE(replace(vae.config, time_stride=1))
+    n, tensors, one = (
+        vae.config.time_stride,
+        vae.state_dict(),
+        VAE(replace(vae.config, time_stride=1)),
+    )
     tensors["encoder.5.conv.weight"] = tensors["encoder.5.conv.weight"].unflatten(1, (n, -1)).sum(1)
     for part in ("weight", "bias"):
-        tensors[f"decoder.1.conv.{part}"] = tensors[f"decoder.1.conv.{part}"].unflatten(0, (n, -1))[-1]
+        tensors[f"decoder.1.conv.{part}"] = tensors[f"decoder.1.conv.{part}"].unflatten(0, (n, -1))[
+            -1
+        ]
     one.load_state_dict(tensors)
     return one.to(vae.mean.device)
 
@@ -198,11 +249,22 @@ def held_out_psnr(vae, count=8, batch=8, seed=1234):
 
 
 def main():
-    parser = training_parser("Train the causal video autoencoder on the shapes world.", 1500, 8, 2e-3, "runs/vae")
-    parser.add_argument("--kl", type=float, default=1e-4, help="weight of the KL term beside the squared error")
-    parser.add_argument("--decoder-only", action="store_true",
-                        help="go on with the shipped decoder: latents, and all that was trained on them, stay as they are")
-    parser.add_argument("--frame-wise", action="store_true", help="one latent for each frame (NFD): an action shows in the next frame")
+    parser = training_parser(
+        "Train the causal video autoencoder on the shapes world.", 1500, 8, 2e-3, "runs/vae"
+    )
+    parser.add_argument(
+        "--kl", type=float, default=1e-4, help="weight of the KL term beside the squared error"
+    )
+    parser.add_argument(
+        "--decoder-only",
+        action="store_true",
+        help="go on with the shipped decoder: latents, and all that was trained on them, stay as they are",
+    )
+    parser.add_argument(
+        "--frame-wise",
+        action="store_true",
+        help="one latent for each frame (NFD): an action shows in the next frame",
+    )
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
@@ -217,17 +279,29 @@ def main():
 
     def step(i, generator):
         # shapes and colours are learnt on many single frames, then motion on short clips, and last what a frame may remember
-        progress, B = 1.0 if args.decoder_only or args.frame_wise else i / args.steps, args.batch_size
-        clips, frames = (2 * B, 1) if progress < 0.28 else (B, 5) if progress < 0.6 else (-(-2 * B // 3), 9)
+        progress, B = (
+            1.0 if args.decoder_only or args.frame_wise else i / args.steps,
+            args.batch_size,
+        )
+        clips, frames = (
+            (2 * B, 1) if progress < 0.28 else (B, 5) if progress < 0.6 else (-(-2 * B // 3), 9)
+        )
         start = torch.randint(FRAMES - frames, (), generator=generator).item()
         video = sample_clips(clips, generator).to(args.device).render(start, frames)
         with autocast(args):
             with torch.set_grad_enabled(not args.decoder_only):
                 mean, logvar = vae.moments(video)
-            noise = 0.0 if args.decoder_only else (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(args.device)
+            noise = (
+                0.0
+                if args.decoder_only
+                else (0.5 * logvar).exp()
+                * torch.randn(mean.shape, generator=generator).to(args.device)
+            )
             reconstruction = vae.decode_raw(mean + noise)
         error = F.mse_loss(reconstruction.float(), video)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()          # of N(mean, var) from N(0, 1)
+        kl = (
+            0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+        )  # of N(mean, var) from N(0, 1)
         norm = optimise(optimizer, error + args.kl * kl)
         ema.update(vae, i)
         return {"psnr": 6.0206 - 10 * torch.log10(error), "kl": kl, "grad": norm}
@@ -235,18 +309,30 @@ def main():
     @torch.no_grad()
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        video = sample_clips(4, torch.Generator().manual_seed(1), "held-out").to(args.device).render(0, 33)
+        video = (
+            sample_clips(4, torch.Generator().manual_seed(1), "held-out")
+            .to(args.device)
+            .render(0, 33)
+        )
         pairs = torch.stack([video, averaged.decode(averaged.encode(video))], dim=1)
-        save_sheet(pairs.flatten(0, 1), path)                                          # each clip above its reconstruction
+        save_sheet(pairs.flatten(0, 1), path)  # each clip above its reconstruction
 
     if train(args, {"vae": vae, "ema": ema, "optimizer": optimizer}, step, sheet):
         averaged.load_state_dict(ema.shadow)
         if not args.decoder_only:
-            averaged.normalise(sample_clips(64, torch.Generator().manual_seed(2)).to(args.device).render(0, 33))
+            averaged.normalise(
+                sample_clips(64, torch.Generator().manual_seed(2)).to(args.device).render(0, 33)
+            )
         quality = held_out_psnr(averaged)
         path = os.path.join(args.out, name)
-        save_weights(path, averaged.state_dict(), asdict(averaged.config), steps=args.steps, seconds=round(args.seconds),
-                     quality=f"held-out PSNR {quality:.2f} dB")
+        save_weights(
+            path,
+            averaged.state_dict(),
+            asdict(averaged.config),
+            steps=args.steps,
+            seconds=round(args.seconds),
+            quality=f"held-out PSNR {quality:.2f} dB",
+        )
         print(f"held-out PSNR {quality:.2f} dB; wrote {path}")
 
 

@@ -25,4 +25,5 @@ def command_line(monkeypatch, capsys, tmp_path):
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()
+
     return call

@@ -1,7 +1,15 @@
 import torch
 from torch.nn import functional as F
 
-from attention import KVCache, attend, attend_chunks, block_causal_mask, rope_angles, rope_table, rotate
+from attention import (
+    KVCache,
+    attend,
+    attend_chunks,
+    block_causal_mask,
+    rope_angles,
+    rope_table,
+    rotate,
+)
 
 
 def test_mask_equals_the_formula():
@@ -20,7 +28,9 @@ def test_chunks_equal_masked_attention():
     for T, k, W in ((7, 3, None), (7, 3, 2), (6, 1, 3), (5, 5, None), (8, 2, 1)):
         q, key, v = torch.randn(3, 2, T * 4, 2, 8, generator=g, dtype=torch.float64)
         mask = block_causal_mask(T, k, W).repeat_interleave(4, 0).repeat_interleave(4, 1)
-        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, key, v)), attn_mask=mask).transpose(1, 2)
+        expected = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, key, v)), attn_mask=mask
+        ).transpose(1, 2)
         assert torch.allclose(attend_chunks(q, key, v, 4 * k, W), expected, atol=1e-12)
 
 
@@ -31,9 +41,13 @@ def test_rope_depends_on_distance_alone():
     for start in (0, 5, -3):
         table = rope_table(rope_angles(22, 4, 2, 3, start), torch.float64)
         outputs.append(attend(rotate(q, table), rotate(k, table), v))
-    assert torch.allclose(outputs[0], outputs[1], atol=1e-12) and torch.allclose(outputs[0], outputs[2], atol=1e-12)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-12) and torch.allclose(
+        outputs[0], outputs[2], atol=1e-12
+    )
     shares = rope_angles(128, 2, 2, 2)
-    assert shares.shape == (8, 64) and (shares[4] != 0).sum() == 22 and (shares[2] != 0).sum() == 21    # 44/42/42 channels
+    assert (
+        shares.shape == (8, 64) and (shares[4] != 0).sum() == 22 and (shares[2] != 0).sum() == 21
+    )  # 44/42/42 channels
 
 
 def test_cache_has_constant_size_and_positions_stay_in_the_window():
@@ -41,6 +55,8 @@ def test_cache_has_constant_size_and_positions_stay_in_the_window():
     size = cache.k.numel()
     for chunk in range(10):
         kept = cache.put(0, *torch.full((2, 1, 2, 1, 6), float(chunk)))[1]
-        assert kept[0, :, 0, 0].tolist() == [c for c in range(max(0, chunk - 2), chunk + 1) for _ in range(2)]
+        assert kept[0, :, 0, 0].tolist() == [
+            c for c in range(max(0, chunk - 2), chunk + 1) for _ in range(2)
+        ]
         cache.commit(2)
         assert cache.frames <= 4 and cache.k.numel() == size

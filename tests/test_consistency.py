@@ -20,12 +20,13 @@ def column(t):
 def teacher(x_t, t, text):
     """v of data N(MU, S^2), known in closed form."""
     alpha, sigma = 1 - column(t), column(t)
-    variance = alpha ** 2 * S ** 2 + sigma ** 2
-    return (x_t - alpha * MU) * (sigma - alpha * S ** 2) / variance - MU
+    variance = alpha**2 * S**2 + sigma**2
+    return (x_t - alpha * MU) * (sigma - alpha * S**2) / variance - MU
 
 
 class Affine(nn.Module):
     """v = a x + b, with a and b of its own for each time of the grid: enough for any map of a Gaussian to a Gaussian."""
+
     schedule = SCHEDULE
 
     def __init__(self):
@@ -38,7 +39,9 @@ class Affine(nn.Module):
 
 
 def loss_of(student, target, x0, level, seed):
-    return consistency_loss(student, target, teacher, x0, level, TIMES, None, torch.Generator().manual_seed(seed))
+    return consistency_loss(
+        student, target, teacher, x0, level, TIMES, None, torch.Generator().manual_seed(seed)
+    )
 
 
 def test_the_distilled_function_is_the_closed_form_one_on_a_gaussian():
@@ -56,10 +59,12 @@ def test_the_distilled_function_is_the_closed_form_one_on_a_gaussian():
     for level in (0, N // 2, N - 1):
         t = TIMES[level].expand(9, 1)
         made, end = SCHEDULE.x0(x, student(x, t, None), t), x
-        for u, r in zip(TIMES[level:-1], TIMES[level + 1:]):                            # the solver's own end
-            end = SCHEDULE.step(end, teacher(end, u.expand(9, 1), None), u.expand(9, 1), r.expand(9, 1))
+        for u, r in zip(TIMES[level:-1], TIMES[level + 1 :]):  # the solver's own end
+            end = SCHEDULE.step(
+                end, teacher(end, u.expand(9, 1), None), u.expand(9, 1), r.expand(9, 1)
+            )
         alpha, sigma = 1 - TIMES[level], TIMES[level]
-        closed = MU + S * (x - alpha * MU) / (alpha ** 2 * S ** 2 + sigma ** 2).sqrt()
+        closed = MU + S * (x - alpha * MU) / (alpha**2 * S**2 + sigma**2).sqrt()
         assert (made - end).abs().max() < 0.01 and (made - closed).abs().max() < 0.1
 
 
@@ -79,9 +84,16 @@ def test_gradients_reach_the_student_alone_and_each_frame_has_its_own_time():
     level = torch.tensor([[0, 5, N], [3, 3, 1]])
     loss_of(student, target, torch.randn(2, 3, 1, 1, 1, dtype=torch.float64), level, 0).backward()
     assert torch.equal(seen[0], TIMES[level])
-    assert target.a.grad is None and student.a.grad[[0, 1, 3, 5]].abs().min() > 0 and student.a.grad[[2, 4]].abs().max() == 0
+    assert (
+        target.a.grad is None
+        and student.a.grad[[0, 1, 3, 5]].abs().min() > 0
+        and student.a.grad[[2, 4]].abs().max() == 0
+    )
 
 
 def test_the_shipped_player_is_its_teacher_with_a_quarter_of_the_shift():
-    teacher, player = (load_model(os.path.join(WEIGHTS, name + ".safetensors")) for name in ("action_teacher", "player"))
+    teacher, player = (
+        load_model(os.path.join(WEIGHTS, name + ".safetensors"))
+        for name in ("action_teacher", "player")
+    )
     assert player.config == replace(teacher.config, shift=teacher.config.shift / 4)

@@ -9,14 +9,16 @@ from sample import rollout, stream
 from teacher import flow_matching_loss
 from training import adamw, optimise
 
-MEAN, STD = 1.5, 0.6          # of the data
+MEAN, STD = 1.5, 0.6  # of the data
 
 
 def posterior_mean(schedule, mean, std, t):
     """E[x0 | x_t] of data N(mean, std^2)."""
+
     def x0(x_t):
         alpha, sigma, _, _ = schedule._coefficients(t, x_t)
-        return mean + alpha * std ** 2 / (alpha ** 2 * std ** 2 + sigma ** 2) * (x_t - alpha * mean)
+        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * mean)
+
     return x0
 
 
@@ -24,18 +26,32 @@ def posterior_mean(schedule, mean, std, t):
 @pytest.mark.parametrize("time", [0.3, 0.7, 0.95])
 def test_gradient_is_the_kl_gradient_up_to_the_documented_weighting(schedule, time):
     g = torch.Generator().manual_seed(0)
-    a, b = torch.tensor(1.2, dtype=torch.float64, requires_grad=True), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    a, b = (
+        torch.tensor(1.2, dtype=torch.float64, requires_grad=True),
+        torch.tensor(0.4, dtype=torch.float64, requires_grad=True),
+    )
     z, eps = torch.randn(2, 1, 1, 1, 1, 400_000, generator=g, dtype=torch.float64)
     t = torch.full((1, 1), time, dtype=torch.float64)
     x0_hat = a * z + b
-    loss, distance = dmd_loss(x0_hat, posterior_mean(schedule, MEAN, STD, t), posterior_mean(schedule, b.item(), a.item(), t), schedule, t, eps)
+    loss, distance = dmd_loss(
+        x0_hat,
+        posterior_mean(schedule, MEAN, STD, t),
+        posterior_mean(schedule, b.item(), a.item(), t),
+        schedule,
+        t,
+        eps,
+    )
     alpha, sigma, _, _ = schedule._coefficients(t[0, 0], torch.zeros((), dtype=torch.float64))
     # KL between the noised Gaussians, N(alpha b, alpha^2 a^2 + sigma^2) and N(alpha MEAN, alpha^2 STD^2 + sigma^2)
-    noised = lambda mean, std: torch.distributions.Normal(alpha * mean, (alpha ** 2 * std ** 2 + sigma ** 2).sqrt())
+    noised = lambda mean, std: torch.distributions.Normal(
+        alpha * mean, (alpha**2 * std**2 + sigma**2).sqrt()
+    )
     kl = torch.distributions.kl_divergence(noised(b, a), noised(MEAN, torch.tensor(STD)))
     expected = torch.autograd.grad(kl, (a, b))
     measured = torch.autograd.grad(loss, (a, b))
-    weight = sigma ** 2 / alpha ** 2 / distance        # s_fake - s_real to x0 is sigma^2 / alpha, d x_t / d x0_hat is alpha
+    weight = (
+        sigma**2 / alpha**2 / distance
+    )  # s_fake - s_real to x0 is sigma^2 / alpha, d x_t / d x0_hat is alpha
     for e, m in zip(expected, measured):
         assert m.item() == pytest.approx((weight * e).item(), rel=0.02, abs=2e-3)
 
@@ -45,17 +61,33 @@ def test_training_brings_mean_and_variance_to_the_data():
     torch.manual_seed(0)
     schedule = Schedule()
     a, b = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.tensor(-1.0))
-    fake_mean, fake_log_std = torch.nn.Parameter(torch.tensor(-1.0)), torch.nn.Parameter(torch.tensor(0.4))
-    generator_optimizer, fake_optimizer = adamw([a, b], 0.03, betas=(0.0, 0.99)), adamw([fake_mean, fake_log_std], 0.05, betas=(0.0, 0.99))
+    fake_mean, fake_log_std = (
+        torch.nn.Parameter(torch.tensor(-1.0)),
+        torch.nn.Parameter(torch.tensor(0.4)),
+    )
+    generator_optimizer, fake_optimizer = (
+        adamw([a, b], 0.03, betas=(0.0, 0.99)),
+        adamw([fake_mean, fake_log_std], 0.05, betas=(0.0, 0.99)),
+    )
     for i in range(2500):
         x0_hat = a * torch.randn(64, 1, 1, 1, 64) + b
         t = 0.02 + 0.96 * torch.rand(64, 1)
         fake = posterior_mean(schedule, fake_mean, fake_log_std.exp(), t)
         if i % 5 == 0:
-            loss, _ = dmd_loss(x0_hat, posterior_mean(schedule, MEAN, STD, t), fake, schedule, t, torch.randn_like(x0_hat))
+            loss, _ = dmd_loss(
+                x0_hat,
+                posterior_mean(schedule, MEAN, STD, t),
+                fake,
+                schedule,
+                t,
+                torch.randn_like(x0_hat),
+            )
             optimise(generator_optimizer, loss)
         x0 = x0_hat.detach()
-        optimise(fake_optimizer, (fake(schedule.add_noise(x0, torch.randn_like(x0), t)) - x0).square().mean())
+        optimise(
+            fake_optimizer,
+            (fake(schedule.add_noise(x0, torch.randn_like(x0), t)) - x0).square().mean(),
+        )
     assert b.item() == pytest.approx(MEAN, abs=0.1) and abs(a.item()) == pytest.approx(STD, abs=0.1)
 
 
@@ -65,7 +97,7 @@ def networks():
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
     fake = copy.deepcopy(model)
     torch.nn.init.normal_(fake.head.head.weight, std=0.1)
-    return model, fake, copy.deepcopy(model)                              # teacher, fake score, student
+    return model, fake, copy.deepcopy(model)  # teacher, fake score, student
 
 
 def test_gradients_reach_the_student_alone_and_the_fake_step_the_fake_score_alone():
@@ -82,7 +114,10 @@ def test_gradients_reach_the_student_alone_and_the_fake_step_the_fake_score_alon
     student.zero_grad(set_to_none=True)
     before = [copy.deepcopy(net.state_dict()) for net in (teacher, student, fake)]
     optimise(adamw(fake.parameters(), 1e-3), flow_matching_loss(fake, x0_hat.detach(), t, text, g))
-    same = [all(torch.equal(v, net.state_dict()[k]) for k, v in old.items()) for net, old in zip((teacher, student, fake), before)]
+    same = [
+        all(torch.equal(v, net.state_dict()[k]) for k, v in old.items())
+        for net, old in zip((teacher, student, fake), before)
+    ]
     assert same == [True, True, False]
     assert all(p.grad is None for net in (teacher, student) for p in net.parameters())
 
@@ -94,19 +129,34 @@ def test_one_time_per_clip_and_clean_chunks_stay_as_they_are():
     x0 = torch.randn(40, 6, 8, 8, 8)
     x0_hat = student_x0(student, x0, torch.randn(40, 16, 64), torch.Generator().manual_seed(0))
     kept = (x0_hat == x0).flatten(2).all(2)
-    assert 0.1 < kept.float().mean() < 0.3 and torch.equal(kept[:, 0], kept[:, 2])          # one chunk in five is clean context
+    assert 0.1 < kept.float().mean() < 0.3 and torch.equal(
+        kept[:, 0], kept[:, 2]
+    )  # one chunk in five is clean context
 
 
 def test_a_rollout_is_what_the_student_samples_where_no_chunk_stops_early(monkeypatch):
     _, _, student = networks()
     text, frames = torch.randn(2, 16, 64), 15
     noise = torch.randn(2, frames, 8, 8, 8)
-    monkeypatch.setattr(torch, "randint", lambda low, high, size, generator: torch.full(size, high - 1))
-    rolled = rollout(student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        torch, "randint", lambda low, high, size, generator: torch.full(size, high - 1)
+    )
+    rolled = rollout(
+        student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0)
+    )
 
-    chunks, draws = iter(noise.split(3, dim=1)), iter(range(10 ** 6))
-    randn, g = torch.randn, torch.Generator().manual_seed(0)      # the stream's first draw of each chunk is the rollout's noise
-    monkeypatch.setattr(torch, "randn", lambda *size, generator: next(chunks) if next(draws) % 4 == 0 else randn(*size, generator=g))
+    chunks, draws = iter(noise.split(3, dim=1)), iter(range(10**6))
+    randn, g = (
+        torch.randn,
+        torch.Generator().manual_seed(0),
+    )  # the stream's first draw of each chunk is the rollout's noise
+    monkeypatch.setattr(
+        torch,
+        "randn",
+        lambda *size, generator: (
+            next(chunks) if next(draws) % 4 == 0 else randn(*size, generator=g)
+        ),
+    )
     decoder = type("", (), {"decode": lambda self, latents, state: latents})()
     source = stream(student, decoder, text, None)
     assert torch.equal(rolled, torch.cat([next(source)[0] for _ in range(frames // 3)], dim=1))
@@ -117,7 +167,9 @@ def test_a_rollout_takes_the_gradient_through_one_step_of_each_chunk_and_not_thr
     text, noise = torch.randn(1, 16, 64), torch.randn(1, 9, 8, 8, 8, requires_grad=True)
     calls = []
     student.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    x0_hat = rollout(student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0))
+    x0_hat = rollout(
+        student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0)
+    )
     assert sum(calls) == 3 and len(calls) > 6
     x0_hat[:, 6:].square().sum().backward()
     assert not noise.grad[:, :6].any()

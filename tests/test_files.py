@@ -15,20 +15,31 @@ def picture(height, width, channels, dtype):
     """Left half bright, right half dark; opaque if there is alpha."""
     top = 65535 if dtype == "uint16" else 255
     image = np.zeros((height, width, channels), dtype)
-    image[:, :width // 2] = top
+    image[:, : width // 2] = top
     if channels in (2, 4):
         image[..., -1] = top
     return image.squeeze(-1) if channels == 1 else image
 
 
-@pytest.mark.parametrize("shape, dtype", [((64, 64, 3), "uint8"), ((65, 91, 3), "uint8"), ((200, 64, 4), "uint8"), ((33, 80, 1), "uint8"),
-                                          ((70, 70, 1), "uint16"), ((9, 7, 3), "uint8")])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((64, 64, 3), "uint8"),
+        ((65, 91, 3), "uint8"),
+        ((200, 64, 4), "uint8"),
+        ((33, 80, 1), "uint8"),
+        ((70, 70, 1), "uint16"),
+        ((9, 7, 3), "uint8"),
+    ],
+)
 def test_any_picture_is_read(tmp_path, shape, dtype):
     path = str(tmp_path / "a.png")
     iio.imwrite(path, picture(*shape, dtype))
     image = read_image(path)
     assert image.shape == (1, 3, 64, 64) and image.min() >= -1 and image.max() <= 1
-    assert (image[..., :20] > 0.95).all() and (image[..., -20:] < -0.95).all()          # nothing is turned round, scaled wrong or stretched
+    assert (image[..., :20] > 0.95).all() and (
+        image[..., -20:] < -0.95
+    ).all()  # nothing is turned round, scaled wrong or stretched
 
 
 def test_what_is_transparent_becomes_black():
@@ -39,13 +50,20 @@ def test_what_is_transparent_becomes_black():
 
 def test_a_video_of_any_size_and_rate_is_read_at_16_frames_a_second(tmp_path, capsys):
     path = str(tmp_path / "a.mp4")
-    with iio.get_writer(path, fps=30, macro_block_size=1, codec="libx264", output_params=["-pix_fmt", "yuv444p"]) as out:
+    with iio.get_writer(
+        path, fps=30, macro_block_size=1, codec="libx264", output_params=["-pix_fmt", "yuv444p"]
+    ) as out:
         for _ in range(60):
             out.append_data(picture(51, 75, 3, "uint8"))
     frames, about = read_video(path)
     frames = list(frames)
     assert about == len(frames) == 32 and "75 x 51 at 30" in capsys.readouterr().out
-    assert all(frame.shape == (3, 64, 64) and frame[:, :, :20].min() > 0.8 and frame[:, :, -20:].max() < -0.8 for frame in frames)
+    assert all(
+        frame.shape == (3, 64, 64)
+        and frame[:, :, :20].min() > 0.8
+        and frame[:, :, -20:].max() < -0.8
+        for frame in frames
+    )
 
 
 @pytest.mark.parametrize("read", [read_image, read_video])
@@ -63,7 +81,7 @@ def test_a_truncated_video_gives_what_it_holds_or_is_named(tmp_path):
     path = str(tmp_path / "a.mp4")
     iio.mimwrite(path, [picture(64, 64, 3, "uint8")] * 40, fps=16)
     whole = open(path, "rb").read()
-    open(path, "wb").write(whole[:len(whole) // 2])
+    open(path, "wb").write(whole[: len(whole) // 2])
     try:
         assert len(list(read_video(path)[0])) <= 40
     except UserError as error:
@@ -79,13 +97,24 @@ def test_a_run_that_fails_midway_leaves_no_half_written_file(tmp_path, name):
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"there before"
 
 
-@pytest.mark.parametrize("name, words", [("a.mp4", "is the disk full"), ("a.gif", "is the disk full"), ("a.png", "File too large")])
+@pytest.mark.parametrize(
+    "name, words",
+    [("a.mp4", "is the disk full"), ("a.gif", "is the disk full"), ("a.png", "File too large")],
+)
 def test_a_full_disk_is_named_and_damages_nothing(tmp_path, name, words, capfd):
     (tmp_path / name).write_bytes(b"there before")
-    limits, noise = resource.getrlimit(resource.RLIMIT_FSIZE), torch.randn(200, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))                      # no file may become larger: as on a full disk
+    limits, noise = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        torch.randn(200, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+    )
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (8192, limits[1])
+    )  # no file may become larger: as on a full disk
     try:
-        with pytest.raises(UserError, match=f"cannot write .*{name}.*{words}"), FrameWriter(str(tmp_path / name), 200) as out:
+        with (
+            pytest.raises(UserError, match=f"cannot write .*{name}.*{words}"),
+            FrameWriter(str(tmp_path / name), 200) as out,
+        ):
             for part in noise.split(10):
                 out.write(part)
         del out
@@ -99,25 +128,36 @@ def test_a_full_disk_is_named_and_damages_nothing(tmp_path, name, words, capfd):
 def test_a_file_grows_as_it_is_made(tmp_path, name):
     sizes = []
     with FrameWriter(str(tmp_path / name), 400) as out:
-        for part in torch.randn(400, 3, 64, 64, generator=torch.Generator().manual_seed(0)).split(100):
+        for part in torch.randn(400, 3, 64, 64, generator=torch.Generator().manual_seed(0)).split(
+            100
+        ):
             out.write(part)
             sizes.append(os.path.getsize(out.temporary))
-    assert 0 < sizes[1] < sizes[2] < sizes[3] and len(iio.mimread(tmp_path / name, memtest=False)) == 400
+    assert (
+        0 < sizes[1] < sizes[2] < sizes[3]
+        and len(iio.mimread(tmp_path / name, memtest=False)) == 400
+    )
 
 
 def test_a_gif_plays_at_16_frames_a_second_and_its_colours_are_exact(tmp_path):
     from PIL import Image
+
     video = sample_clips(1, torch.Generator().manual_seed(0)).render(frames=16)[0]
     with FrameWriter(str(tmp_path / "a.gif"), 16) as out:
         out.write(video)
-    assert np.array_equal(np.stack(iio.mimread(tmp_path / "a.gif"))[..., :3], to_uint8(video).numpy())
+    assert np.array_equal(
+        np.stack(iio.mimread(tmp_path / "a.gif"))[..., :3], to_uint8(video).numpy()
+    )
     with Image.open(tmp_path / "a.gif") as image:
         durations = [image.seek(i) or image.info["duration"] for i in range(16)]
         assert abs(sum(durations) - 1000) <= 10 and image.info["loop"] == 0
 
 
 def test_a_video_that_ffmpeg_could_not_finish_is_noticed(tmp_path):
-    with pytest.raises(UserError, match="a.mp4.*cut short"), FrameWriter(str(tmp_path / "a.mp4"), 32) as out:
+    with (
+        pytest.raises(UserError, match="a.mp4.*cut short"),
+        FrameWriter(str(tmp_path / "a.mp4"), 32) as out,
+    ):
         out.write(torch.zeros(16, 3, 64, 64))
         out.writer.close()
         os.truncate(out.temporary, os.path.getsize(out.temporary) // 2)

@@ -11,7 +11,9 @@ from training import UserError
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
 def test_student_times_lie_on_the_solver_grid(solver_steps, shift):
     schedule = Schedule(shift=shift)
-    assert torch.allclose(schedule.timesteps(solver_steps)[student_grid(solver_steps)], schedule.timesteps(4))
+    assert torch.allclose(
+        schedule.timesteps(solver_steps)[student_grid(solver_steps)], schedule.timesteps(4)
+    )
     with pytest.raises(UserError, match="multiple of 4"):
         student_grid(solver_steps + 2)
 
@@ -28,7 +30,9 @@ def test_trajectories_start_in_the_noise_and_end_where_the_solver_ends():
     states, prompts = make_trajectories(model, encoder, 4, 8, (6, 8, 8, 8), "cpu", batch=2)
     again, _ = make_trajectories(model, encoder, 4, 8, (6, 8, 8, 8), "cpu", batch=2)
     assert states.shape == (4, 5, 6, 8, 8, 8) and len(prompts) == 4 and torch.equal(states, again)
-    assert abs(states[:, 0].float().std().item() - 1) < 0.05 and not torch.allclose(states[:, 0], states[:, -1])
+    assert abs(states[:, 0].float().std().item() - 1) < 0.05 and not torch.allclose(
+        states[:, 0], states[:, -1]
+    )
 
 
 def test_target_is_the_trajectory_own_end():

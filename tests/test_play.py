@@ -22,11 +22,26 @@ from vae import VAE, VAEConfig
 
 def parts(dtype=torch.float64):
     torch.manual_seed(0)
-    model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=2, chunk=1, window=3, num_actions=5))
+    model = DiT(
+        ModelConfig(
+            dim=16,
+            ffn_dim=16,
+            freq_dim=8,
+            num_heads=1,
+            num_layers=2,
+            chunk=1,
+            window=3,
+            num_actions=5,
+        )
+    )
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
     torch.nn.init.normal_(model.action_embedding.weight)
     vae = VAE(VAEConfig(8, 1, 16, 16, 16))
-    return model.to(dtype).eval().requires_grad_(False), vae.to(dtype).eval().requires_grad_(False), TextEncoder()(["a red circle"]).detach().to(dtype)
+    return (
+        model.to(dtype).eval().requires_grad_(False),
+        vae.to(dtype).eval().requires_grad_(False),
+        TextEncoder()(["a red circle"]).detach().to(dtype),
+    )
 
 
 def world(most, seed=0):
@@ -39,7 +54,13 @@ RIGHT, UP = NAMES.index("right"), NAMES.index("up")
 def test_without_speculation_a_player_shows_what_the_stream_makes():
     model, vae, text = parts()
     actions = [0, RIGHT, RIGHT, UP, 0, UP]
-    streamed = stream(model, vae, text, torch.Generator().manual_seed(0), actions=lambda frames: torch.tensor([[actions[frames]]]))
+    streamed = stream(
+        model,
+        vae,
+        text,
+        torch.Generator().manual_seed(0),
+        actions=lambda frames: torch.tensor([[actions[frames]]]),
+    )
     player = world(1)
     for action, (_, video) in zip(actions, streamed):
         assert (player.step(action) - video[0, 0]).abs().max() < 1e-10
@@ -66,13 +87,17 @@ def test_after_a_rejection_cache_and_random_state_are_bit_for_bit_as_if_nothing_
     speculated.guesses = lambda: 4
     shown, begun = [], 0
     for action in actions:
-        if action != speculated.action or not speculated.ahead:           # a new block begins: note what the last one came to
+        if (
+            action != speculated.action or not speculated.ahead
+        ):  # a new block begins: note what the last one came to
             shown.append(0)
         speculated.step(action)
         shown[-1] += 1
     assert speculated.dropped > 0 and max(shown) == 4
     counts = iter(shown)
-    plain.guesses = lambda: next(counts)                                  # the same blocks, but only as long as what was kept of them
+    plain.guesses = lambda: next(
+        counts
+    )  # the same blocks, but only as long as what was kept of them
     for action in actions:
         plain.step(action)
     assert plain.dropped == 0
@@ -92,7 +117,12 @@ def test_guesses_follow_how_often_an_action_stays():
         always.step(RIGHT)
         never.step(RIGHT if frame % 2 else UP)
         sometimes.step(frame // 2 % 5)
-    assert always.guesses() == 8 and never.guesses() == 1 and never.made == 60 and 1 < sometimes.guesses() < 8
+    assert (
+        always.guesses() == 8
+        and never.guesses() == 1
+        and never.made == 60
+        and 1 < sometimes.guesses() < 8
+    )
 
 
 def test_an_action_controls_exactly_the_next_frame():
@@ -121,21 +151,43 @@ def tiny(tmp_path_factory):
 def test_plays_a_script_into_a_video(tiny, command_line):
     status, out, err = command_line(play, "--actions", "right*20,up*10,none*5", *tiny[1])
     assert status == 0, err
-    assert iio.imread("play.mp4").shape == (35, 64, 64, 3) and "35 frames" in out and os.listdir() == ["play.mp4"]
+    assert (
+        iio.imread("play.mp4").shape == (35, 64, 64, 3)
+        and "35 frames" in out
+        and os.listdir() == ["play.mp4"]
+    )
 
 
-@pytest.mark.parametrize("flags, message", [(["--actions", "jump"], "cannot read 'jump'"), (["--actions", "up", "--out", "a.avi"], "must end in"),
-                                            (["--looks", " "], "--looks is empty"), (["--ahead", 0], "at least 1"), (["--port", 70000], "--port"),
-                                            (["--actions", "up", "--weights", "none.safetensors"], "none.safetensors")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--actions", "jump"], "cannot read 'jump'"),
+        (["--actions", "up", "--out", "a.avi"], "must end in"),
+        (["--looks", " "], "--looks is empty"),
+        (["--ahead", 0], "at least 1"),
+        (["--port", 70000], "--port"),
+        (["--actions", "up", "--weights", "none.safetensors"], "none.safetensors"),
+    ],
+)
 def test_bad_input_ends_in_one_clear_line(tiny, command_line, flags, message):
     status, _, err = command_line(play, *(tiny[1] if "--weights" not in flags else []), *flags)
-    assert status == 2 and message in err and len(err.strip().splitlines()) == 1 and not os.listdir()
+    assert (
+        status == 2 and message in err and len(err.strip().splitlines()) == 1 and not os.listdir()
+    )
 
 
 def test_a_text_model_is_not_one_to_play_with(tiny, command_line, tmp_path):
     model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1))
     save_model("text.safetensors", model.state_dict(), model.config)
-    status, _, err = command_line(play, "--actions", "up", "--vae", tiny[0] / "vae.safetensors", "--weights", "text.safetensors")
+    status, _, err = command_line(
+        play,
+        "--actions",
+        "up",
+        "--vae",
+        tiny[0] / "vae.safetensors",
+        "--weights",
+        "text.safetensors",
+    )
     assert status == 2 and "not an action model" in err
 
 
@@ -143,7 +195,9 @@ def test_a_text_model_is_not_one_to_play_with(tiny, command_line, tmp_path):
 @pytest.fixture
 def page():
     """A running page on a free port: (its port, its Show)."""
-    streamed = lambda prompt: (torch.full((3, 64, 64), 0.01 * len(prompt())) for _ in itertools.count())
+    streamed = lambda prompt: (
+        torch.full((3, 64, 64), 0.01 * len(prompt())) for _ in itertools.count()
+    )
     show = Show(lambda looks: world(4), streamed, fps=200)
     server = play.ThreadingHTTPServer(("127.0.0.1", 0), handler(show))
     server.daemon_threads = True
@@ -183,12 +237,18 @@ def test_the_page_shows_frames_and_takes_actions_and_prompts(page):
     assert b"<img" in ask(port, "GET", "/")[1]
     jpeg = watch(port, 2).split(b"\r\n\r\n")[2].split(b"\r\n--frame")[0]
     assert iio.imread(jpeg, extension=".jpg").shape == (256, 256, 3)
-    assert ask(port, "POST", "/steer", json.dumps({"action": "left"}))[0] == 200 and show.action == "left"
+    assert (
+        ask(port, "POST", "/steer", json.dumps({"action": "left"}))[0] == 200
+        and show.action == "left"
+    )
     assert ask(port, "POST", "/steer", json.dumps({"prompt": "a blue star"}))[0] == 200
     watch(port, 5)
     state = json.loads(ask(port, "GET", "/state")[1])
     assert state["mode"] == "text" and state["prompt"] == "a blue star" and state["frame"] >= 5
-    assert ask(port, "POST", "/steer", json.dumps({"looks": "a red star"}))[0] == 200 and show.state()["mode"] == "play"
+    assert (
+        ask(port, "POST", "/steer", json.dumps({"looks": "a red star"}))[0] == 200
+        and show.state()["mode"] == "play"
+    )
 
 
 def test_several_tabs_see_the_same_frames_and_nothing_runs_when_all_are_closed(page):
@@ -203,14 +263,15 @@ def test_several_tabs_see_the_same_frames_and_nothing_runs_when_all_are_closed(p
     number = show.number
     time.sleep(0.3)
     assert show.number == number
-    assert watch(port, 2)                                                             # and on it goes with the next tab
+    assert watch(port, 2)  # and on it goes with the next tab
 
 
 def test_the_rate_shown_is_of_all_frames_not_of_the_quick_ones():
-    def bursts(prompt):                                                               # five at once every tenth of a second: 50 frames/s
+    def bursts(prompt):  # five at once every tenth of a second: 50 frames/s
         for number in itertools.count():
             time.sleep(0.1 * (number % 5 == 0))
             yield torch.zeros(3, 64, 64)
+
     show = Show(None, bursts, fps=1000)
     show.mode, show.viewers = "text", 1
     threading.Thread(target=show.run, daemon=True).start()
@@ -221,9 +282,25 @@ def test_the_rate_shown_is_of_all_frames_not_of_the_quick_ones():
 
 def test_junk_is_refused_and_harms_nothing(page):
     port, show = page
-    for body in ("", "{", "[]", "3", '{"action": "jump"}', '{"action": 7}', '{"prompt": ""}', '{"prompt": 5}', '{"a": 1, "b": 2}', "x" * 5000, b"\xff\xfe"):
+    for body in (
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"action": "jump"}',
+        '{"action": 7}',
+        '{"prompt": ""}',
+        '{"prompt": 5}',
+        '{"a": 1, "b": 2}',
+        "x" * 5000,
+        b"\xff\xfe",
+    ):
         assert ask(port, "POST", "/steer", body)[0] == 400
-    assert ask(port, "POST", "/other", "{}")[0] == 400 and ask(port, "GET", "/../play.py")[0] == 404 and ask(port, "PUT", "/")[0] == 501
+    assert (
+        ask(port, "POST", "/other", "{}")[0] == 400
+        and ask(port, "GET", "/../play.py")[0] == 404
+        and ask(port, "PUT", "/")[0] == 501
+    )
     assert ask(port, "GET", "/", Host="example.com")[0] == 403
     with socket.create_connection(("127.0.0.1", port)) as junk:
         junk.sendall(b"\x00\xff nonsense\r\n\r\n")

@@ -23,35 +23,49 @@ def test_every_function_in_the_paper_to_code_table_exists():
 
 def test_pictures_exist_and_are_small():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
-    assert pictures and all(os.path.getsize(os.path.join(ROOT, path)) < 2 ** 20 for path in pictures)
+    assert pictures and all(os.path.getsize(os.path.join(ROOT, path)) < 2**20 for path in pictures)
 
 
 def test_tables_are_those_of_the_results():
     tables = glob.glob(os.path.join(ROOT, "results", "*.md"))
     assert tables and all(open(path).read().strip() in README for path in tables)
-    assert all({"command", "commit", "hardware", "torch", "rows"} <= set(json.load(open(path[:-3] + ".json"))) for path in tables)
+    assert all(
+        {"command", "commit", "hardware", "torch", "rows"}
+        <= set(json.load(open(path[:-3] + ".json")))
+        for path in tables
+    )
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    assert "python -m pytest -q" in README and "python -m pytest -q" in open(os.path.join(ROOT, ".ci", "run")).read()
+    assert (
+        "python -m pytest -q" in README
+        and "python -m pytest -q" in open(os.path.join(ROOT, ".ci", "run")).read()
+    )
 
 
 def test_weights_are_small_and_say_where_they_come_from():
     from safetensors import safe_open
+
     total = 0
     for name in os.listdir(WEIGHTS):
         path = os.path.join(WEIGHTS, name)
         total += os.path.getsize(path)
-        assert os.path.getsize(path) <= 10 * 2 ** 20
+        assert os.path.getsize(path) <= 10 * 2**20
         with safe_open(path, "pt") as file:
-            assert {"config", "command", "commit", "steps", "hardware"} <= set(file.metadata()), name
-    assert total <= 48 * 2 ** 20
+            assert {"config", "command", "commit", "steps", "hardware"} <= set(file.metadata()), (
+                name
+            )
+    assert total <= 48 * 2**20
 
 
 def test_no_weights_file_is_ever_executed():
     """torch.load appears with weights_only=True alone."""
-    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    files = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     for name in files:
         if not name.startswith("tests/"):
-            for call in re.findall(r"torch\.load\([^\n]*", open(os.path.join(ROOT, name), encoding="utf-8").read()):
+            for call in re.findall(
+                r"torch\.load\([^\n]*", open(os.path.join(ROOT, name), encoding="utf-8").read()
+            ):
                 assert "weights_only=True" in call, name

@@ -11,7 +11,11 @@ def test_recovery_finds_what_was_drawn():
     found, (x, y, radius, _) = recover(video), clips.track(torch.arange(81) / 16)
     for name in ("colour", "shape", "background"):
         assert (getattr(found, name) == getattr(clips, name)[:, None]).all()
-    assert (found.x - x).abs().max() < 0.1 and (found.y - y).abs().max() < 0.1 and (found.radius - radius).abs().max() < 0.2
+    assert (
+        (found.x - x).abs().max() < 0.1
+        and (found.y - y).abs().max() < 0.1
+        and (found.radius - radius).abs().max() < 0.2
+    )
     assert (found.video - video).abs().mean() < 0.003
 
 
@@ -19,7 +23,9 @@ def test_the_law_of_the_right_motion_fits_best():
     clips = sample_clips(48, torch.Generator().manual_seed(3), "all")
     found = recover(clips.render())
     error = fit_motions(found, clips.shape)
-    assert (error.argmin(1) == clips.motion).all() and error.amin(1).sqrt().max() < 1           # pixels from the law
+    assert (error.argmin(1) == clips.motion).all() and error.amin(
+        1
+    ).sqrt().max() < 1  # pixels from the law
 
 
 def test_real_walks_obey_their_actions_and_others_do_not():
@@ -28,20 +34,42 @@ def test_real_walks_obey_their_actions_and_others_do_not():
     found = recover(video)
     assert actions_obeyed(found, walks.actions).float().mean() > 0.99
     others = actions_obeyed(found, walks.actions.roll(1, 0)).float().mean()
-    assert 0.1 < others < 0.5                                                     # one in five, and more where neither moves
-    late = actions_obeyed(found, walks.actions.roll(1, 1))                        # a delay of one frame shows where actions change
+    assert 0.1 < others < 0.5  # one in five, and more where neither moves
+    late = actions_obeyed(
+        found, walks.actions.roll(1, 1)
+    )  # a delay of one frame shows where actions change
     assert late.float().mean() < 0.9
     now = actions_obeyed(found, walks.actions, momentary=True)
-    assert now.float().mean() > 0.99 and actions_obeyed(found, walks.actions.roll(1, 0), momentary=True).float().mean() < 0.5
-    assert frame_quality(video, found).mean() > 0.98 and frame_quality(video + 0.3 * torch.randn_like(video), found).mean() < 0.7
+    assert (
+        now.float().mean() > 0.99
+        and actions_obeyed(found, walks.actions.roll(1, 0), momentary=True).float().mean() < 0.5
+    )
+    assert (
+        frame_quality(video, found).mean() > 0.98
+        and frame_quality(video + 0.3 * torch.randn_like(video), found).mean() < 0.7
+    )
 
 
 def test_a_size_that_changes_is_told_from_a_wall_that_does_not_hold():
     frames, right = 120, torch.full((1, 120), list(ACTIONS).index("right"))
-    radius, draw_at = torch.linspace(10, 15, frames)[None], lambda x, radius: recover(draw(*torch.zeros(3, 1, dtype=torch.long), x, torch.full_like(x, 32), radius,
-                                                                                           torch.zeros_like(x)))
-    growing = draw_at(SIZE - REACH * radius - 1, radius)                                 # held against the wall, which it is at at any size
-    through = draw_at(torch.full_like(radius, SIZE - REACH * 13 - 1 + 3), torch.full_like(radius, 13.0))                 # 3 pixels beyond
+    radius, draw_at = (
+        torch.linspace(10, 15, frames)[None],
+        lambda x, radius: recover(
+            draw(
+                *torch.zeros(3, 1, dtype=torch.long),
+                x,
+                torch.full_like(x, 32),
+                radius,
+                torch.zeros_like(x),
+            )
+        ),
+    )
+    growing = draw_at(
+        SIZE - REACH * radius - 1, radius
+    )  # held against the wall, which it is at at any size
+    through = draw_at(
+        torch.full_like(radius, SIZE - REACH * 13 - 1 + 3), torch.full_like(radius, 13.0)
+    )  # 3 pixels beyond
     share = lambda found, momentary: actions_obeyed(found, right, momentary).float().mean()
     assert share(growing, True) == 1 and share(growing, False) < 0.5
     assert share(through, True) == 0 and share(through, False) == 0

@@ -6,8 +6,10 @@ from text import TextEncoder
 def test_encodes_words_and_pads_with_zeros():
     torch.manual_seed(0)
     encoder = TextEncoder()
-    a, b, c, null = encoder(["A red circle,  spinning", "a red circle spinning", "a red circle", ""])
-    assert torch.equal(a, b)                                         # case, punctuation and spaces do not count
+    a, b, c, null = encoder(
+        ["A red circle,  spinning", "a red circle spinning", "a red circle", ""]
+    )
+    assert torch.equal(a, b)  # case, punctuation and spaces do not count
     assert torch.allclose(b[:3], c[:3], atol=1e-6) and not c[3:].any() and not null.any()
     assert not torch.allclose(*encoder(["clockwise", "counterclockwise"])[:, 0])
 

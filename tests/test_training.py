@@ -8,7 +8,17 @@ import torch
 from safetensors import safe_open
 
 import training
-from training import EMA, Muon, UserError, adamw, load_weights, optimise, orthogonal, save_weights, train
+from training import (
+    EMA,
+    Muon,
+    UserError,
+    adamw,
+    load_weights,
+    optimise,
+    orthogonal,
+    save_weights,
+    train,
+)
 
 
 def run(out, steps=9, resume=False, die_at=None, minutes=math.inf):
@@ -17,7 +27,15 @@ def run(out, steps=9, resume=False, die_at=None, minutes=math.inf):
     net = torch.nn.Linear(4, 4)
     ema, optimizer = EMA(net), Muon(net.parameters(), net.parameters(), 0.1)
     os.makedirs(out, exist_ok=True)
-    args = SimpleNamespace(seed=0, steps=steps, out=str(out), resume=resume, save_every=2, minutes=minutes, device=torch.device("cpu"))
+    args = SimpleNamespace(
+        seed=0,
+        steps=steps,
+        out=str(out),
+        resume=resume,
+        save_every=2,
+        minutes=minutes,
+        device=torch.device("cpu"),
+    )
 
     def step(i, generator):
         if i == die_at:
@@ -28,7 +46,13 @@ def run(out, steps=9, resume=False, die_at=None, minutes=math.inf):
         ema.update(net, i)
         return {"loss": loss, "grad": norm}
 
-    done = train(args, {"net": net, "ema": ema, "optimizer": optimizer}, step, sheet=lambda path: None, warmup=3)
+    done = train(
+        args,
+        {"net": net, "ema": ema, "optimizer": optimizer},
+        step,
+        sheet=lambda path: None,
+        warmup=3,
+    )
     return done, net.state_dict(), ema.shadow
 
 
@@ -81,16 +105,18 @@ def test_average_moves_slowly_to_the_weights():
     net.weight.data.fill_(1.0)
     for i in range(1000, 1010):
         ema.update(net, i)
-    assert ema.shadow["weight"].item() == pytest.approx(1 - 0.9 ** 10, rel=1e-4)
+    assert ema.shadow["weight"].item() == pytest.approx(1 - 0.9**10, rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32), (48, 48)])
 def test_orthogonal_keeps_singular_vectors_and_evens_out_singular_values(shape):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    out = u.mT @ orthogonal(x) @ vh.mT                                    # diagonal in the singular vectors of x
+    out = u.mT @ orthogonal(x) @ vh.mT  # diagonal in the singular vectors of x
     assert (out - torch.diag_embed(out.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
-    assert out.diagonal(dim1=1, dim2=2)[s / s.amax(1, keepdim=True) > 0.05].sub(0.95).abs().max() < 0.3
+    assert (
+        out.diagonal(dim1=1, dim2=2)[s / s.amax(1, keepdim=True) > 0.05].sub(0.95).abs().max() < 0.3
+    )
 
 
 def test_muon_moves_hidden_matrices_orthogonally_and_all_else_as_adamw_does():
@@ -98,17 +124,32 @@ def test_muon_moves_hidden_matrices_orthogonally_and_all_else_as_adamw_does():
     net, twin = (torch.nn.Linear(24, 8) for _ in range(2))
     twin.load_state_dict(net.state_dict())
     before = net.weight.detach().clone()
-    for module, optimizer in ((net, Muon(net.parameters(), net.parameters(), 0.1)), (twin, adamw(twin.parameters(), 0.1, betas=(0.9, 0.99)))):
-        optimise(optimizer, module(torch.ones(2, 24) + torch.randn(2, 24, generator=torch.Generator().manual_seed(1))).square().sum())
-    moved = (before - net.weight.detach()) / (0.1 * 0.2 * 24 ** 0.5)
+    for module, optimizer in (
+        (net, Muon(net.parameters(), net.parameters(), 0.1)),
+        (twin, adamw(twin.parameters(), 0.1, betas=(0.9, 0.99))),
+    ):
+        optimise(
+            optimizer,
+            module(
+                torch.ones(2, 24) + torch.randn(2, 24, generator=torch.Generator().manual_seed(1))
+            )
+            .square()
+            .sum(),
+        )
+    moved = (before - net.weight.detach()) / (0.1 * 0.2 * 24**0.5)
     assert torch.equal(net.bias, twin.bias) and not torch.allclose(net.weight, twin.weight)
-    assert torch.linalg.matrix_norm(moved, 2) < 1.3                        # no direction moves farther than the others
+    assert torch.linalg.matrix_norm(moved, 2) < 1.3  # no direction moves farther than the others
 
 
 def test_results_stand_in_the_readme_where_its_marker_is(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "WEIGHTS", str(tmp_path / "weights"))
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results/speed.md -->\nold\nrows\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n")
+    readme.write_text(
+        "before\n<!-- results/speed.md -->\nold\nrows\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n"
+    )
     training.write_results(str(tmp_path / "results" / "speed"), {"rows": {"a": 1}}, "| a | \\1 |")
-    assert readme.read_text() == "before\n<!-- results/speed.md -->\n| a | \\1 |\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n"
+    assert (
+        readme.read_text()
+        == "before\n<!-- results/speed.md -->\n| a | \\1 |\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n"
+    )
     assert json.loads((tmp_path / "results" / "speed.json").read_text())["rows"] == {"a": 1}

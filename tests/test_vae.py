@@ -27,14 +27,17 @@ def video(frames):
 def test_sizes(vae):
     latents = vae.encode(video(17))
     assert latents.shape == (2, 5, 4, 8, 8) and vae.decode(latents).shape == (2, 17, 3, 64, 64)
-    assert vae.encode(video(1)).shape[1] == 1                                  # the first frame alone makes the first latent
+    assert vae.encode(video(1)).shape[1] == 1  # the first frame alone makes the first latent
     with pytest.raises(ValueError, match="16"):
         vae.encode(video(16))
 
 
 def test_latents_are_normalised(vae):
     latents = vae.encode(video(17))
-    assert latents.mean((0, 1, 3, 4)).abs().max() < 1e-4 and (latents.std((0, 1, 3, 4)) - 1).abs().max() < 1e-4
+    assert (
+        latents.mean((0, 1, 3, 4)).abs().max() < 1e-4
+        and (latents.std((0, 1, 3, 4)) - 1).abs().max() < 1e-4
+    )
 
 
 @pytest.mark.parametrize("chunks", [[1, 4, 12], [9, 8], [5, 4, 4, 4]])
@@ -49,13 +52,13 @@ def test_streaming_equals_the_whole_clip(vae, chunks):
         sizes.append(sum(message.numel() for message in decoder_state.values()))
     assert [part.shape[1] for part in decoded] == chunks
     assert (torch.cat(decoded, 1) - vae.decode(latents)).abs().max() < 1e-5
-    assert len(set(sizes)) == 1                                                # the state does not grow
+    assert len(set(sizes)) == 1  # the state does not grow
 
 
 def test_future_frames_never_reach_the_past(vae):
     x = video(17)
     latents, changed = vae.encode(x), x.clone()
-    changed[:, 9:] += 0.5                                                      # frames 9 .. 12 make latent 3
+    changed[:, 9:] += 0.5  # frames 9 .. 12 make latent 3
     assert torch.equal(vae.encode(changed)[:, :3], latents[:, :3])
     assert not torch.allclose(vae.encode(changed)[:, 3], latents[:, 3])
     later = latents.clone()
@@ -91,7 +94,7 @@ def test_without_memory_the_frame_wise_vae_gives_what_the_first_frame_of_a_clip_
     still = copy.deepcopy(vae)
     for name, parameter in still.named_parameters():
         if ".conv1." in name:
-            parameter[len(parameter) // 2:] = 0                                # the message to the next frame
+            parameter[len(parameter) // 2 :] = 0  # the message to the next frame
     one, frame = frame_wise(still), video(1)
     assert (one.encode(frame) - still.encode(frame)).abs().max() < 1e-4
     assert (one.decode(one.encode(frame)) - still.decode(still.encode(frame))).abs().max() < 1e-4
