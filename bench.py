@@ -10,7 +10,6 @@ Every time is the median of several, taken in turns, so that what else a machine
 import argparse
 import functools
 import itertools
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -20,20 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import ACTIONS, FRAMES, SIZE
-from model import DiT, ModelConfig, load_model
+from model import DiT, ModelConfig
 from play import LOOKS, PROMPT, Player
 from sample import TEACHER_STEPS, denoise_chunk, normal, remember_chunk, solve_ode, stream
-from text import TextConfig, TextEncoder, load_text_encoder
-from training import (
-    WEIGHTS,
-    UserError,
-    choose_device,
-    choose_dtype,
-    hardware,
-    run_main,
-    write_results,
-)
-from vae import VAE, VAEConfig, load_vae
+from text import TextConfig, TextEncoder
+from training import write_results
+from vae import VAE, VAEConfig
+from weights import UserError, choose_device, choose_dtype, hardware, load_model, run_main, shipped
 
 # transformer, height and width of the video
 SIZES = {
@@ -76,13 +68,13 @@ def build(size, device, dtype, play=False):
     config, height, width = SIZES[size]
     if config is None:
         names = ("action_teacher", "player", "vae_frame") if play else ("teacher", "student", "vae")
-        teacher, student, vae = (os.path.join(WEIGHTS, f"{name}.safetensors") for name in names)
-        teacher, student = (load_model(path, device).to(dtype) for path in (teacher, student))
+        teacher, student, vae = (shipped(name) for name in names)
+        teacher, student = (load_model(DiT, path, device).to(dtype) for path in (teacher, student))
         return (
             teacher,
             student,
-            load_vae(vae, device).to(dtype),
-            load_text_encoder(device=device),
+            load_model(VAE, vae, device).to(dtype),
+            load_model(TextEncoder, shipped("text_encoder"), device),
             height,
             width,
         )

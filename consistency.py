@@ -17,21 +17,12 @@ import torch
 
 from data import sample_walks, save_sheet
 from evaluate import play_walks
-from model import load_model, save_model
+from model import DiT
 from teacher import LatentClips, draw_walk_times, own_past
-from text import load_text_encoder
-from training import (
-    EMA,
-    WEIGHTS,
-    Muon,
-    autocast,
-    check_training,
-    optimise,
-    run_main,
-    train,
-    training_parser,
-)
-from vae import load_vae
+from text import TextEncoder
+from training import EMA, Muon, autocast, check_training, optimise, train, training_parser
+from vae import VAE
+from weights import load_model, run_main, save_weights, shipped
 
 
 def consistency_loss(student, target, teacher, x0, level, times, text, generator, **attention):
@@ -59,7 +50,7 @@ def main():
     )
     parser.add_argument(
         "--teacher",
-        default=os.path.join(WEIGHTS, "action_teacher.safetensors"),
+        default=shipped("action_teacher"),
         help="weights to distil",
     )
     parser.add_argument(
@@ -73,10 +64,10 @@ def main():
     check_training(args)
     torch.manual_seed(args.seed)
     vae, encoder = (
-        load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device),
-        load_text_encoder(device=args.device),
+        load_model(VAE, shipped("vae_frame"), args.device),
+        load_model(TextEncoder, shipped("text_encoder"), args.device),
     )
-    teacher = load_model(args.teacher, args.device).requires_grad_(False)
+    teacher = load_model(DiT, args.teacher, args.device).requires_grad_(False)
     with autocast(args):
         data = LatentClips(vae, sample_walks(args.clips, 96, torch.Generator().manual_seed(0)))
     student, target, averaged = (copy.deepcopy(teacher) for _ in range(3))
@@ -140,7 +131,7 @@ def main():
         args, {"student": student, "ema": ema, "slow": slow, "optimizer": optimizer}, step, sheet
     ):
         path = os.path.join(args.out, "player.safetensors")
-        save_model(
+        save_weights(
             path,
             slow.shadow,
             c,

@@ -10,23 +10,14 @@ import torch
 from torch.nn import functional as F
 
 from data import sample_clips
-from model import load_model, save_model
+from model import DiT
 from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
 from sample import GUIDANCE, guided_v, rollout, with_null
 from teacher import LatentClips, flow_matching_loss
-from text import load_text_encoder
-from training import (
-    EMA,
-    WEIGHTS,
-    adamw,
-    autocast,
-    check_training,
-    optimise,
-    run_main,
-    train,
-    training_parser,
-)
-from vae import load_vae
+from text import TextEncoder
+from training import EMA, adamw, autocast, check_training, optimise, train, training_parser
+from vae import VAE
+from weights import load_model, run_main, save_weights, shipped
 
 
 def dmd_loss(x0_hat, real, fake, schedule, t, eps):
@@ -82,12 +73,12 @@ def main():
     )
     parser.add_argument(
         "--teacher",
-        default=os.path.join(WEIGHTS, "teacher.safetensors"),
+        default=shipped("teacher"),
         help="weights that the scores start from",
     )
     parser.add_argument(
         "--student",
-        default=os.path.join(WEIGHTS, "ode_init.safetensors"),
+        default=shipped("ode_init"),
         help="weights that the student starts from",
     )
     parser.add_argument(
@@ -106,13 +97,16 @@ def main():
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
-    vae, encoder = load_vae(device=args.device), load_text_encoder(device=args.device)
+    vae, encoder = (
+        load_model(VAE, shipped("vae"), args.device),
+        load_model(TextEncoder, shipped("text_encoder"), args.device),
+    )
     data = LatentClips(vae, sample_clips(args.clips, torch.Generator().manual_seed(0)))
-    teacher = load_model(args.teacher, args.device).requires_grad_(False)
+    teacher = load_model(DiT, args.teacher, args.device).requires_grad_(False)
     fake = (
         copy.deepcopy(teacher).requires_grad_(True).train()
     )  # the online fake score starts as the teacher
-    student = load_model(args.student, args.device).train()
+    student = load_model(DiT, args.student, args.device).train()
     averaged, schedule = copy.deepcopy(student).eval(), student.schedule
     attention = (
         dict(chunk=teacher.config.chunk, window=teacher.config.window) if args.causal_scores else {}
@@ -172,7 +166,7 @@ def main():
     }
     if train(args, state, step, sheet):
         path = os.path.join(args.out, "student.safetensors")
-        save_model(
+        save_weights(
             path,
             ema.shadow,
             student.config,

@@ -16,13 +16,14 @@ import torch
 from tqdm import tqdm
 
 from data import BACKGROUNDS, COLOURS, FPS, FRAMES, PULSE, SHAPES, SIZE, sample_clips, sample_walks
-from model import load_model
+from model import DiT
 from play import Player
 from recover import BACKDROPS, SMALLEST, Recovered, actions_obeyed, fit_motions, mode, recover
 from sample import GUIDANCE, TEACHER_STEPS, solve_ode, stream
-from text import load_text_encoder
-from training import WEIGHTS, UserError, choose_device, run_main, write_results
-from vae import load_vae
+from text import TextEncoder
+from training import write_results
+from vae import VAE
+from weights import ROOT, UserError, choose_device, load_model, run_main, shipped
 
 # ------------------------------------------------------------------------------------------------------------ measures
 ATTRIBUTES = ("colour", "shape", "background", "motion")
@@ -296,7 +297,6 @@ def table(rows):
 
 # Table 4 of the paper, and self-rollout: name, how it samples, its weights, and the command that trains them if they are not there;
 # paths are of the project's folder
-ROOT = os.path.dirname(WEIGHTS)
 CAUSAL = "runs/causal_teacher/causal_teacher.safetensors"
 ABLATION = [
     ("many steps, bidirectional", "teacher", "weights/teacher.safetensors", None),
@@ -364,13 +364,13 @@ def main():
     add(
         "--teacher",
         nargs="*",
-        default=[os.path.join(WEIGHTS, "teacher.safetensors")],
+        default=[shipped("teacher")],
         help="weights to sample in many steps, bidirectionally",
     )
     add(
         "--student",
         nargs="*",
-        default=[os.path.join(WEIGHTS, "student.safetensors")],
+        default=[shipped("student")],
         help="weights to stream in 4 steps",
     )
     add("--causal", nargs="*", default=[], help="weights to stream in many guided steps")
@@ -423,9 +423,9 @@ def main():
         for (_, _, path), (*_, command) in zip(jobs, ABLATION):
             if command and not os.path.exists(path):
                 train_missing(path, command, args.train_options.split())
-    encoder, rows = load_text_encoder(device=device), {}
+    encoder, rows = load_model(TextEncoder, shipped("text_encoder"), device), {}
     if args.play:
-        vae, jobs = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), device), []
+        vae, jobs = load_model(VAE, shipped("vae_frame"), device), []
         for name, file, steps, guidance, ahead in (
             ("action teacher, 16 steps", "action_teacher", 16, 1, None),
             ("action teacher, 4 steps", "action_teacher", 4, None, None),
@@ -433,7 +433,7 @@ def main():
             ("player, 4 steps, speculative", "player", 4, None, 8),
         ):
             model, count = (
-                load_model(os.path.join(WEIGHTS, f"{file}.safetensors"), device),
+                load_model(DiT, shipped(file), device),
                 min(args.clips, 20),
             )
             rows[name] = play_walks(
@@ -448,7 +448,10 @@ def main():
                 name,
                 ahead,
             )[1]
-    vae, models = load_vae(device=device), [load_model(path, device) for _, _, path in jobs]
+    vae, models = (
+        load_model(VAE, shipped("vae"), device),
+        [load_model(DiT, path, device) for _, _, path in jobs],
+    )
     for (name, kind, _), model in zip(jobs, models):
         if args.over_time and kind != "teacher":
             rows[name] = over_time(

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from data import FPS, SIZE, save_sheet, to_uint8
-from training import UserError
+from weights import UserError
 
 
 def fit(frame, size):

@@ -5,13 +5,12 @@ which adds a parameter: each latent frame has its own diffusion time, and attent
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from attention import CrossAttention, KVCache, SelfAttention, rope_angles, rope_table
-from training import UserError, load_into, load_weights, save_weights
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
@@ -95,6 +94,9 @@ class ModelConfig:
     window: int = 4  # W, chunks that a chunk sees when used causally, itself included
     num_actions: int = 0  # actions that lead from frame to frame (NFD); 0: a text-to-video model
 
+    def __post_init__(self):
+        self.patch_size = tuple(self.patch_size)  # JSON has lists alone
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and the last modulated by the frame's diffusion time."""
@@ -153,6 +155,8 @@ def sinusoidal_embedding(t, dim):
 class DiT(nn.Module):
     """v(x_t, t, text): the network of every stage. Teacher: chunk=None. Student: chunk=k, with a cache when it samples."""
 
+    Config = ModelConfig
+
     def __init__(self, config=ModelConfig()):
         super().__init__()
         self.config, c = config, config
@@ -198,9 +202,9 @@ class DiT(nn.Module):
             width // c.patch_size[2],
             c.num_heads,
             c.dim // c.num_heads,
-            weight.device,
-            weight.dtype,
-            ahead,
+            ahead=ahead,
+            device=weight.device,
+            dtype=weight.dtype,
         )
 
     def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None, actions=None):
@@ -262,18 +266,3 @@ class DiT(nn.Module):
 
         x = self.head(x, time).unflatten(-1, (pt, ph, pw, c.out_dim)).unflatten(1, grid)
         return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(B, T, c.out_dim, h, w).to(x_t.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------- weights files
-def save_model(path, tensors, config, **origin):
-    """Write a DiT's tensors as safetensors in bf16, with its config and origin in the metadata."""
-    save_weights(path, tensors, asdict(config), **origin)
-
-
-def load_model(path, device="cpu"):
-    """The DiT of a weights file, ready to use. Raises UserError if the file is missing, damaged or of something else."""
-    tensors, config = load_weights(path)
-    if not isinstance(config, dict) or "num_layers" not in config:
-        raise UserError(f"{path} does not hold a transformer of this project")
-    config["patch_size"] = tuple(config["patch_size"])
-    return load_into(DiT(ModelConfig(**config)), tensors, path).to(device).eval()

@@ -12,22 +12,12 @@ from tqdm import tqdm
 
 from data import sample_clips, save_sheet
 from evaluate import fixed_set, health, make_videos
-from model import load_model, save_model
+from model import DiT
 from sample import solve_ode
-from text import load_text_encoder
-from training import (
-    EMA,
-    WEIGHTS,
-    Muon,
-    UserError,
-    autocast,
-    check_training,
-    optimise,
-    run_main,
-    train,
-    training_parser,
-)
-from vae import load_vae
+from text import TextEncoder
+from training import EMA, Muon, autocast, check_training, optimise, train, training_parser
+from vae import VAE
+from weights import UserError, load_model, run_main, save_weights, shipped
 
 STUDENT_STEPS = 4
 
@@ -108,9 +98,15 @@ def main():
     student_grid(args.solver_steps)
     check_training(args)
     torch.manual_seed(args.seed)
-    vae, encoder = load_vae(device=args.device), load_text_encoder(device=args.device)
-    weights = os.path.join(WEIGHTS, "teacher.safetensors")
-    student, averaged = load_model(weights, args.device).train(), load_model(weights, args.device)
+    vae, encoder = (
+        load_model(VAE, shipped("vae"), args.device),
+        load_model(TextEncoder, shipped("text_encoder"), args.device),
+    )
+    weights = shipped("teacher")
+    student, averaged = (
+        load_model(DiT, weights, args.device).train(),
+        load_model(DiT, weights, args.device),
+    )
     with open(weights, "rb") as file:
         key = hashlib.sha256(file.read()).hexdigest()[:8]
     path = f"runs/trajectories/{key}-{args.trajectories}-{args.solver_steps}.pt"
@@ -147,7 +143,7 @@ def main():
 
     if train(args, {"student": student, "ema": ema, "optimizer": optimizer}, step, sheet):
         path = os.path.join(args.out, "ode_init.safetensors")
-        save_model(
+        save_weights(
             path,
             ema.shadow,
             student.config,

@@ -5,10 +5,8 @@ python play.py --actions right*20,up*10,none*5 --out play.mp4         plays a sc
 """
 
 import argparse
-import io
 import itertools
 import json
-import math
 import os
 import threading
 import time
@@ -19,11 +17,11 @@ from tqdm import tqdm
 
 from data import ACTIONS, FPS, SIZE, to_uint8
 from files import FrameWriter
-from model import load_model
+from model import DiT
 from sample import check_out, denoise_chunk, remember_chunk, stream
-from text import load_text_encoder
-from training import WEIGHTS, UserError, choose_device, choose_dtype, run_main
-from vae import load_vae
+from text import TextEncoder
+from vae import VAE
+from weights import ROOT, UserError, choose_device, choose_dtype, load_model, run_main, shipped
 
 NAMES = list(ACTIONS)
 LOOKS, PROMPT = "a red circle on a black background", "a red circle bouncing on a black background"
@@ -228,7 +226,7 @@ def handler(show):
             if not self.local():
                 return
             if self.path == "/":
-                with open(os.path.join(os.path.dirname(WEIGHTS), "play.html"), "rb") as file:
+                with open(os.path.join(ROOT, "play.html"), "rb") as file:
                     self.answer(200, "text/html; charset=utf-8", file.read())
             elif self.path == "/state":
                 self.answer(200, "application/json", json.dumps(show.state()).encode())
@@ -314,9 +312,9 @@ def main():
         "--ahead", type=int, default=8, help="frames made ahead at most; 1: no speculative sampling"
     )
     add("--port", type=int, default=8000, help="of the page")
-    add("--weights", default=os.path.join(WEIGHTS, "player.safetensors"))
-    add("--vae", default=os.path.join(WEIGHTS, "vae_frame.safetensors"))
-    add("--text-encoder", default=os.path.join(WEIGHTS, "text_encoder.safetensors"))
+    add("--weights", default=shipped("player"))
+    add("--vae", default=shipped("vae_frame"))
+    add("--text-encoder", default=shipped("text_encoder"))
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
@@ -330,9 +328,9 @@ def main():
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, vae, encoder = (
-        load_model(args.weights, device).to(dtype),
-        load_vae(args.vae, device).to(dtype),
-        load_text_encoder(args.text_encoder, device),
+        load_model(DiT, args.weights, device).to(dtype),
+        load_model(VAE, args.vae, device).to(dtype),
+        load_model(TextEncoder, args.text_encoder, device),
     )
     if (
         model.config.num_actions != len(ACTIONS)
@@ -367,9 +365,9 @@ def main():
 def serve(player, device, dtype, port):
     """Open the page on localhost, and run until Ctrl-C."""
     student, vae, encoder = (
-        load_model(os.path.join(WEIGHTS, "student.safetensors"), device).to(dtype),
-        load_vae(device=device).to(dtype),
-        load_text_encoder(device=device),
+        load_model(DiT, shipped("student"), device).to(dtype),
+        load_model(VAE, shipped("vae"), device).to(dtype),
+        load_model(TextEncoder, shipped("text_encoder"), device),
     )
 
     def streamed(prompt):

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from data import FPS, FRAMES, SIZE
 from files import FrameWriter, read_image, read_prompts, read_video
-from model import load_model
-from text import load_text_encoder
-from training import WEIGHTS, UserError, choose_device, choose_dtype, run_main
-from vae import load_vae
+from model import DiT
+from text import TextEncoder
+from vae import VAE
+from weights import UserError, choose_device, choose_dtype, load_model, run_main, shipped
 
 TEACHER_STEPS, GUIDANCE = (
     32,
@@ -256,8 +256,8 @@ def parse_args():
         "--weights",
         help="the transformer's weights (weights/student.safetensors or teacher.safetensors)",
     )
-    add("--vae", default=os.path.join(WEIGHTS, "vae.safetensors"))
-    add("--text-encoder", default=os.path.join(WEIGHTS, "text_encoder.safetensors"))
+    add("--vae", default=shipped("vae"))
+    add("--text-encoder", default=shipped("text_encoder"))
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
@@ -305,9 +305,7 @@ def parse_args():
             raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     else:
         check_out(args.out)
-    args.weights = args.weights or os.path.join(
-        WEIGHTS, "teacher.safetensors" if args.teacher else "student.safetensors"
-    )
+    args.weights = args.weights or shipped("teacher" if args.teacher else "student")
     return args
 
 
@@ -456,10 +454,10 @@ def main():
     args = parse_args()
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    model = load_model(args.weights, device).to(dtype)
+    model = load_model(DiT, args.weights, device).to(dtype)
     vae, encoder = (
-        load_vae(args.vae, device).to(dtype),
-        load_text_encoder(args.text_encoder, device),
+        load_model(VAE, args.vae, device).to(dtype),
+        load_model(TextEncoder, args.text_encoder, device),
     )
     if (model.config.in_dim, model.config.text_dim) != (
         vae.config.latent_dim,

@@ -8,7 +8,7 @@ python teacher.py --actions     makes a causal teacher of the action world (NFD)
 import copy
 import hashlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,24 +17,12 @@ from tqdm import tqdm
 
 from data import ACTIONS, Walks, sample_clips, sample_walks, save_sheet
 from evaluate import fixed_set, health, make_videos, play_walks
-from model import DiT, load_model, save_model
+from model import DiT
 from sample import rollout
-from text import TextEncoder, load_text_encoder
-from training import (
-    EMA,
-    WEIGHTS,
-    Muon,
-    UserError,
-    autocast,
-    check_training,
-    optimise,
-    run_main,
-    save_weights,
-    train,
-    training_parser,
-)
-from vae import load_vae
-
+from text import TextEncoder
+from training import EMA, Muon, autocast, check_training, optimise, train, training_parser
+from vae import VAE
+from weights import UserError, load_model, run_main, save_weights, shipped
 
 # how often a motion is drawn, in the order of data.MOTIONS: a bounce and a spin take far longer to learn than standing still
 SHARES = torch.tensor([1.0, 2, 2, 8, 2, 2, 12, 2])
@@ -238,7 +226,7 @@ def main():
     check_training(args)
     torch.manual_seed(args.seed)
     model = (
-        load_model(args.weights or os.path.join(WEIGHTS, "teacher.safetensors"), args.device)
+        load_model(DiT, args.weights or shipped("teacher"), args.device)
         if causal
         else DiT().to(args.device)
     )
@@ -248,14 +236,14 @@ def main():
         )
     if args.actions:
         model = with_actions(model)
-        vae, frames = load_vae(os.path.join(WEIGHTS, "vae_frame.safetensors"), args.device), 32
+        vae, frames = load_model(VAE, shipped("vae_frame"), args.device), 32
         with autocast(args):
             data = LatentClips(vae, sample_walks(args.clips, 96, seed))
     else:
-        vae, frames = load_vae(device=args.device), 21
+        vae, frames = load_model(VAE, shipped("vae"), args.device), 21
         data = LatentClips(vae, sample_clips(args.clips, seed))
     encoder = (
-        load_text_encoder(device=args.device).requires_grad_(False)
+        load_model(TextEncoder, shipped("text_encoder"), args.device).requires_grad_(False)
         if causal
         else TextEncoder().to(args.device)
     )
@@ -343,7 +331,7 @@ def main():
         averaged.load_state_dict(ema.shadow)
         name = "action_teacher" if args.actions else "causal_teacher" if causal else "teacher"
         origin = dict(stage=name.replace("_", " "), steps=args.steps, seconds=round(args.seconds))
-        save_model(
+        save_weights(
             os.path.join(args.out, name + ".safetensors"),
             averaged[0].state_dict(),
             model.config,
@@ -353,7 +341,7 @@ def main():
             save_weights(
                 os.path.join(args.out, "text_encoder.safetensors"),
                 averaged[1].state_dict(),
-                asdict(encoder.config),
+                encoder.config,
                 **origin,
             )
         print(

@@ -3,13 +3,10 @@
 A prompt is split into words, a word is its UTF-8 bytes. Nothing is out of vocabulary, and no tokeniser is needed.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-
-from training import WEIGHTS, UserError, load_into, load_weights
 
 
 @dataclass
@@ -22,6 +19,8 @@ class TextConfig:
 class TextEncoder(nn.Module):
     """Prompts -> embeddings [B, words, text_dim], one per word, zeros behind the last. The empty prompt, all zeros, is the
     unconditional one of classifier-free guidance."""
+
+    Config = TextConfig
 
     def __init__(self, config=TextConfig()):
         super().__init__()
@@ -55,11 +54,3 @@ class TextEncoder(nn.Module):
             + self.position.weight
         )
         return self.norm(word + self.mlp(word)) * (tokens[..., :1] > 0)
-
-
-def load_text_encoder(path=os.path.join(WEIGHTS, "text_encoder.safetensors"), device="cpu"):
-    """The encoder of a weights file. Raises UserError if the file is missing, damaged or of something else."""
-    tensors, config = load_weights(path)
-    if not isinstance(config, dict) or "words" not in config:
-        raise UserError(f"{path} does not hold a text encoder of this project")
-    return load_into(TextEncoder(TextConfig(**config)), tensors, path).to(device).eval()

@@ -10,125 +10,14 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-WEIGHTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
-
-
-class UserError(Exception):
-    """Something the user can put right: shown as one line on stderr, exit status 2."""
-
-
-def run_main(main):
-    """Call main() as a command line does: a UserError ends in one line and status 2, Ctrl-C in status 130."""
-    try:
-        main()
-    except UserError as error:
-        sys.exit(_fail(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _fail(error):
-    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-    return 2
-
-
-# ---------------------------------------------------------------------------------------------------- device and dtype
-def choose_device(name):
-    """ "auto", "cpu", "cuda", "cuda:1" ... -> torch.device. Raises UserError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name!r} is not available here; try --device auto") from None
-    return device
-
-
-def choose_dtype(name, device):
-    """ "auto", "float32" or "bfloat16" -> torch.dtype.
-
-    auto is bfloat16 where the hardware multiplies in it: on CUDA, and on processors with AMX or AVX512-BF16. Where it is
-    emulated it is four times slower than float32.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    has = lambda check: getattr(torch.cpu, check, lambda: False)()
-    fast = (
-        device.type == "cuda" or has("_is_amx_tile_supported") or has("_is_avx512_bf16_supported")
-    )
-    return torch.bfloat16 if fast else torch.float32
-
-
-# ------------------------------------------------------------------------------------------------------- weights files
-def provenance():
-    """Where a file comes from: command, commit, hardware and version of torch."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=os.path.dirname(WEIGHTS),
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    return {
-        "command": " ".join(["python", os.path.basename(sys.argv[0])] + sys.argv[1:]),
-        "commit": commit or "unknown",
-        "hardware": hardware(),
-        "torch": torch.__version__,
-    }
-
-
-def save_weights(path, tensors, config, **origin):
-    """Write tensors to a safetensors file in bf16, with the config as JSON and where they came from in the metadata."""
-    metadata = {"config": json.dumps(config)} | {
-        k: str(v) for k, v in (provenance() | origin).items()
-    }
-    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
-    save_file(tensors, path + ".tmp", metadata)
-    os.replace(path + ".tmp", path)
-
-
-def load_weights(path):
-    """Read a safetensors file: (tensors in float32, config dict or None). Raises UserError if it is missing or damaged."""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no weights file {path}; train it first or name another one")
-    try:
-        with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "null"))
-            return {k: file.get_tensor(k).float() for k in file.keys()}, config
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({str(error).splitlines()[0]})"
-        ) from None
-
-
-def load_into(module, tensors, path):
-    """Load tensors into a module, all of them and nothing else; raises UserError for weights of another config."""
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(
-            f"the weights in {path} do not fit the model: {str(error).splitlines()[1].strip()}"
-        ) from None
-    return module
-
-
-def hardware():
-    """The device in words, for metadata."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+from weights import ROOT, UserError, choose_device, choose_dtype, provenance
 
 
 def write_results(out, result, text):
@@ -149,7 +38,7 @@ def write_results(out, result, text):
         raise UserError(f"cannot write {out}.json and {out}.md: {error.strerror}") from None
     print(f"wrote {out}.json and {out}.md")
     # in the README, what stands between <!-- OUT.md --> and <!-- end -->
-    root = os.path.dirname(WEIGHTS)
+    root = ROOT
     path, marker = (
         os.path.join(root, "README.md"),
         re.escape(f"<!-- {os.path.relpath(out, root)}.md -->"),

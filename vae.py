@@ -10,28 +10,15 @@ first latent, every four frames after it the next one: F = 1 + 4 (T - 1).
 
 import copy
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from data import FRAMES, sample_clips, save_sheet
-from training import (
-    EMA,
-    WEIGHTS,
-    UserError,
-    adamw,
-    autocast,
-    check_training,
-    load_into,
-    load_weights,
-    optimise,
-    run_main,
-    save_weights,
-    train,
-    training_parser,
-)
+from training import EMA, adamw, autocast, check_training, optimise, train, training_parser
+from weights import load_model, run_main, save_weights, shipped
 
 
 @dataclass
@@ -104,6 +91,8 @@ class Up(nn.Module):
 
 class VAE(nn.Module):
     """Video [B, F, 3, H, W] in [-1, 1] <-> latents [B, T, C, h, w] of mean 0 and variance 1 in each channel; h = H / 8."""
+
+    Config = VAEConfig
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
@@ -207,14 +196,6 @@ class VAE(nn.Module):
         self.std.copy_(raw.std((0, 1, 3, 4)))
 
 
-def load_vae(path=os.path.join(WEIGHTS, "vae.safetensors"), device="cpu"):
-    """The VAE of a weights file, ready to use. Raises UserError if the file is missing, damaged or of something else."""
-    tensors, config = load_weights(path)
-    if not isinstance(config, dict) or "latent_dim" not in config:
-        raise UserError(f"{path} does not hold a VAE of this project")
-    return load_into(VAE(VAEConfig(**config)), tensors, path).to(device).eval()
-
-
 def frame_wise(vae):
     """A VAE of time stride 1 (NFD) from one of stride n: every frame goes its way as the first frame of a clip does, which fills its group
     with n copies of itself, and of whose n decoded frames the last one counts."""
@@ -268,11 +249,15 @@ def main():
     args = parser.parse_args()
     check_training(args)
     torch.manual_seed(args.seed)
-    name = "vae_frame.safetensors" if args.frame_wise else "vae.safetensors"
+    name = "vae_frame" if args.frame_wise else "vae"
     if args.decoder_only:
-        vae = load_vae(os.path.join(WEIGHTS, name), args.device)
+        vae = load_model(VAE, shipped(name), args.device)
     else:
-        vae = frame_wise(load_vae(device=args.device)) if args.frame_wise else VAE().to(args.device)
+        vae = (
+            frame_wise(load_model(VAE, shipped("vae"), args.device))
+            if args.frame_wise
+            else VAE().to(args.device)
+        )
     averaged = copy.deepcopy(vae).eval()
     trained = vae.decoder if args.decoder_only else vae
     ema, optimizer = EMA(vae, 0.998), adamw(trained.parameters(), args.lr, betas=(0.9, 0.99))
@@ -324,11 +309,11 @@ def main():
                 sample_clips(64, torch.Generator().manual_seed(2)).to(args.device).render(0, 33)
             )
         quality = held_out_psnr(averaged)
-        path = os.path.join(args.out, name)
+        path = os.path.join(args.out, f"{name}.safetensors")
         save_weights(
             path,
             averaged.state_dict(),
-            asdict(averaged.config),
+            averaged.config,
             steps=args.steps,
             seconds=round(args.seconds),
             quality=f"held-out PSNR {quality:.2f} dB",

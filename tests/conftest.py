@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from training import run_main
+from weights import run_main
 
 
 @pytest.fixture(autouse=True)

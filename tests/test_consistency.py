@@ -1,12 +1,11 @@
-import os
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from consistency import consistency_loss
-from model import Schedule, load_model
-from training import WEIGHTS
+from model import DiT, Schedule
+from weights import load_model, shipped
 
 MU, S, N = 0.7, 0.5, 48
 SCHEDULE = Schedule(shift=2.0)
@@ -92,8 +91,5 @@ def test_gradients_reach_the_student_alone_and_each_frame_has_its_own_time():
 
 
 def test_the_shipped_player_is_its_teacher_with_a_quarter_of_the_shift():
-    teacher, player = (
-        load_model(os.path.join(WEIGHTS, name + ".safetensors"))
-        for name in ("action_teacher", "player")
-    )
+    teacher, player = (load_model(DiT, shipped(name)) for name in ("action_teacher", "player"))
     assert player.config == replace(teacher.config, shift=teacher.config.shift / 4)

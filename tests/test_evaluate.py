@@ -11,6 +11,7 @@ from evaluate import diversity, fixed_set, health, measure, play_walks, table
 from model import DiT, ModelConfig
 from text import TextEncoder
 from vae import VAE, VAEConfig
+from weights import shipped
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_ablation_says_which_training_did_not_end(command_line, tmp_path, monkey
 
 
 def test_over_time_measures_first_and_last_ten_seconds(command_line, tmp_path):
-    student = os.path.join(evaluate.WEIGHTS, "student.safetensors")
+    student = shipped("student")
     status, out, err = command_line(
         evaluate,
         "--over-time",

@@ -8,7 +8,7 @@ import torch
 
 from data import sample_clips, to_uint8
 from files import FrameWriter, fit, read_image, read_prompts, read_video
-from training import UserError
+from weights import UserError
 
 
 def picture(height, width, channels, dtype):

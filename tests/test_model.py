@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from attention import block_causal_mask
-from model import DiT, ModelConfig, Schedule, load_model, save_model
-from training import UserError
+from model import DiT, ModelConfig, Schedule
+from weights import UserError, load_model, save_weights
 
 SMALL = dict(
     dim=24, ffn_dim=20, freq_dim=16, in_dim=3, out_dim=3, num_heads=2, num_layers=3, text_dim=10
@@ -159,16 +159,16 @@ def test_latents_that_do_not_fit_are_refused():
 
 def test_weights_file_round_trip_and_refusals(tmp_path):
     model, path = DiT(ModelConfig(**SMALL)), str(tmp_path / "w.safetensors")
-    save_model(path, model.state_dict(), model.config, stage="test")
-    loaded = load_model(path)
+    save_weights(path, model.state_dict(), model.config, stage="test")
+    loaded = load_model(DiT, path)
     assert loaded.config == model.config
     assert all(
         torch.equal(a.bfloat16().float(), b)
         for a, b in zip(model.state_dict().values(), loaded.state_dict().values())
     )
-    save_model(path, DiT(ModelConfig(**SMALL | {"dim": 48})).state_dict(), model.config)
+    save_weights(path, DiT(ModelConfig(**SMALL | {"dim": 48})).state_dict(), model.config)
     with pytest.raises(UserError, match="do not fit"):
-        load_model(path)
+        load_model(DiT, path)
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule

@@ -4,7 +4,7 @@ import torch
 from model import DiT, ModelConfig, Schedule
 from ode_init import chunk_levels, make_trajectories, regression_loss, student_grid
 from text import TextEncoder
-from training import UserError
+from weights import UserError
 
 
 @pytest.mark.parametrize("solver_steps", [4, 24, 48])

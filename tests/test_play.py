@@ -11,13 +11,12 @@ import pytest
 import torch
 
 import play
-from data import ACTIONS
-from model import DiT, ModelConfig, save_model
+from model import DiT, ModelConfig
 from play import NAMES, Player, Show, handler, parse_actions
 from sample import stream
 from text import TextEncoder
-from training import UserError, save_weights
 from vae import VAE, VAEConfig
+from weights import UserError, save_weights
 
 
 def parts(dtype=torch.float64):
@@ -143,8 +142,8 @@ def test_actions_are_read_as_written():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder, (model, vae, _) = tmp_path_factory.mktemp("weights"), parts()
-    save_model(str(folder / "player.safetensors"), model.state_dict(), model.config)
-    save_weights(str(folder / "vae.safetensors"), vae.state_dict(), vars(vae.config))
+    save_weights(str(folder / "player.safetensors"), model.state_dict(), model.config)
+    save_weights(str(folder / "vae.safetensors"), vae.state_dict(), vae.config)
     return folder, ["--weights", folder / "player.safetensors", "--vae", folder / "vae.safetensors"]
 
 
@@ -178,7 +177,7 @@ def test_bad_input_ends_in_one_clear_line(tiny, command_line, flags, message):
 
 def test_a_text_model_is_not_one_to_play_with(tiny, command_line, tmp_path):
     model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1))
-    save_model("text.safetensors", model.state_dict(), model.config)
+    save_weights("text.safetensors", model.state_dict(), model.config)
     status, _, err = command_line(
         play,
         "--actions",

@@ -5,9 +5,8 @@ import os
 import re
 import subprocess
 
-from training import WEIGHTS
+from weights import ROOT, WEIGHTS
 
-ROOT = os.path.dirname(WEIGHTS)
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 
 

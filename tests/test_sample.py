@@ -13,12 +13,12 @@ import torch
 
 import sample
 from data import BOUNCE, CLOCKWISE, PULSE, RISE, SLIDE, sample_clips
-from model import DiT, ModelConfig, load_model, save_model
+from model import DiT, ModelConfig
 from recover import fit_motions, recover
 from sample import pieces, remember_chunk, solve_ode, stream
-from text import TextEncoder, load_text_encoder
-from training import WEIGHTS, save_weights
-from vae import VAE, VAEConfig, load_vae
+from text import TextEncoder
+from vae import VAE, VAEConfig
+from weights import WEIGHTS, load_model, save_weights, shipped
 
 ROOT = os.path.dirname(WEIGHTS)
 PROMPT = "a red circle bouncing on a black background"
@@ -34,9 +34,9 @@ def tiny(tmp_path_factory):
     )
     model, vae, encoder = DiT(config), VAE(VAEConfig(8, 4, 16, 16, 16)), TextEncoder()
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    save_model(str(folder / "model.safetensors"), model.state_dict(), config)
-    save_weights(str(folder / "vae.safetensors"), vae.state_dict(), vars(vae.config))
-    save_weights(str(folder / "text.safetensors"), encoder.state_dict(), vars(encoder.config))
+    save_weights(str(folder / "model.safetensors"), model.state_dict(), config)
+    save_weights(str(folder / "vae.safetensors"), vae.state_dict(), vae.config)
+    save_weights(str(folder / "text.safetensors"), encoder.state_dict(), encoder.config)
     return folder, [
         "--weights",
         folder / "model.safetensors",
@@ -97,9 +97,9 @@ def bad_inputs(folder):
     config = ModelConfig(
         dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1, in_dim=4, out_dim=4
     )
-    save_model(str(other), DiT(config).state_dict(), config)
+    save_weights(str(other), DiT(config).state_dict(), config)
     wrong = ModelConfig(dim=16, ffn_dim=32, freq_dim=8, num_heads=1, num_layers=1)
-    save_model(str(folder / "wrong.safetensors"), DiT(config).state_dict(), wrong)
+    save_weights(str(folder / "wrong.safetensors"), DiT(config).state_dict(), wrong)
     return [
         (["--prompt", " "], "prompt is empty"),
         (["--seconds", "-1"], "--seconds"),
@@ -115,7 +115,7 @@ def bad_inputs(folder):
         (["--weights", truncated], "truncated"),
         (["--weights", other], "does not go with"),
         (["--weights", folder / "wrong.safetensors"], "do not fit"),
-        (["--weights", folder / "vae.safetensors"], "not hold a transformer"),
+        (["--weights", folder / "vae.safetensors"], "not hold a DiT"),
         (["--vae", folder / "model.safetensors"], "not hold a VAE"),
         (["--teacher", "--seconds", "6"], "81 frames"),
         (["--nonsense"], "nonsense"),
@@ -314,12 +314,12 @@ def test_each_video_of_a_batch_is_what_it_is_alone():
 
 
 @pytest.fixture(scope="module")
-def shipped():
+def streamed():
     """Streams with the shipped weights, and their truth as `recover` finds it: (prompts, chunks, **steering) -> (video, Recovered)."""
     encoder, model, vae = (
-        load_text_encoder(),
-        load_model(os.path.join(WEIGHTS, "student.safetensors")),
-        load_vae(),
+        load_model(TextEncoder, shipped("text_encoder")),
+        load_model(DiT, shipped("student")),
+        load_model(VAE, shipped("vae")),
     )
 
     def make(text, chunks=7, **steering):
@@ -348,10 +348,10 @@ def farthest(found, x, y):
     return ((found.x - x).square() + (found.y - y).square()).sqrt().mean().item()
 
 
-def test_the_object_of_an_image_is_kept_and_moves_as_the_prompt_says(shipped):
+def test_the_object_of_an_image_is_kept_and_moves_as_the_prompt_says(streamed):
     clips = some_clips([SLIDE, RISE, PULSE], colour=2)
     image = clips.render(0, 1)[:, 0]
-    video, found = shipped([clips.prompts()], image=image)
+    video, found = streamed([clips.prompts()], image=image)
     shown = recover(image[:, None])
     assert (found.x[:, 0] - shown.x[:, 0]).abs().max() < 0.5 and (
         found.y[:, 0] - shown.y[:, 0]
@@ -361,7 +361,7 @@ def test_the_object_of_an_image_is_kept_and_moves_as_the_prompt_says(shipped):
     assert (fit_motions(found, clips.shape).argmin(1) == clips.motion).float().mean() > 0.7
 
 
-def test_between_the_strengths_the_motion_of_a_video_stays_and_the_colour_is_the_prompt_s(shipped):
+def test_between_the_strengths_the_motion_of_a_video_stays_and_the_colour_is_the_prompt_s(streamed):
     clips = some_clips([SLIDE, RISE, CLOCKWISE, BOUNCE])
     painted = replace(
         clips,
@@ -371,22 +371,22 @@ def test_between_the_strengths_the_motion_of_a_video_stays_and_the_colour_is_the
     source = clips.render()
     parts = source[:, :9], *source[:, 9:].split(12, dim=1)
     x, y, _, _ = clips.track(torch.arange(81) / 16)
-    followed = shipped([painted.prompts()], video=iter(parts), strength=0.7)[1]
-    alone = shipped([painted.prompts()])[1]
+    followed = streamed([painted.prompts()], video=iter(parts), strength=0.7)[1]
+    alone = streamed([painted.prompts()])[1]
     assert (followed.colour == 2).float().mean() > 0.9 and (
         followed.background == 2
     ).float().mean() > 0.9
     assert farthest(followed, x, y) < 5 and farthest(alone, x, y) > 10
 
 
-def test_a_new_prompt_arrives_within_two_chunks_and_the_motion_goes_on(shipped):
+def test_a_new_prompt_arrives_within_two_chunks_and_the_motion_goes_on(streamed):
     before = some_clips([SLIDE, CLOCKWISE])
     after = replace(
         before,
         colour=torch.full_like(before.colour, 2),
         background=torch.full_like(before.background, 2),
     )
-    video, found = shipped([before.prompts(), after.prompts()], change=45)
+    video, found = streamed([before.prompts(), after.prompts()], change=45)
     assert (found.colour[:, :45] == 0).float().mean() > 0.95 and (
         found.background[:, :45] == 0
     ).float().mean() > 0.95

@@ -9,9 +9,8 @@ import pytest
 
 import teacher
 import vae
-from training import WEIGHTS, load_weights
+from weights import ROOT, WEIGHTS, read_weights, shipped
 
-ROOT = os.path.dirname(WEIGHTS)
 SMALL = ("--steps", "3", "--out", "out", "--batch-size", "1")
 STAGES = [
     ("vae.py", ["vae.safetensors"]),
@@ -20,8 +19,7 @@ STAGES = [
     ("teacher.py --clips 16", ["teacher.safetensors", "text_encoder.safetensors"]),
     ("teacher.py --clips 16 --causal", ["causal_teacher.safetensors"]),
     (
-        "teacher.py --clips 2 --actions --weights "
-        + os.path.join(WEIGHTS, "action_teacher.safetensors"),
+        "teacher.py --clips 2 --actions --weights " + shipped("action_teacher"),
         ["action_teacher.safetensors"],
     ),
     ("consistency.py --clips 2", ["player.safetensors"]),
@@ -44,7 +42,7 @@ def test_script_trains_and_writes_weights_log_and_sheet(command, files, command_
     assert set(os.listdir(tmp_path / "out")) == {"checkpoint.pt", "log.jsonl", "sheet.png", *files}
     for name in set(files) & set(os.listdir(WEIGHTS)):  # and what is shipped was made as this is
         assert (
-            load_weights(tmp_path / "out" / name)[1] == load_weights(os.path.join(WEIGHTS, name))[1]
+            read_weights(tmp_path / "out" / name)[1] == read_weights(os.path.join(WEIGHTS, name))[1]
         )
     status, _, err = command_line(
         importlib.import_module(script.removesuffix(".py")), *flags, *SMALL
@@ -69,11 +67,7 @@ def test_bad_flags_end_in_one_line_and_status_2(arguments, words, command_line):
 
 
 def test_only_a_causal_teacher_begins_with_weights(command_line):
-    status, _, err = command_line(
-        teacher, "--weights", os.path.join(WEIGHTS, "teacher.safetensors")
-    )
+    status, _, err = command_line(teacher, "--weights", shipped("teacher"))
     assert status == 2 and "--causal" in err and len(err.splitlines()) == 1 and not os.listdir()
-    status, _, err = command_line(
-        teacher, "--causal", "--weights", os.path.join(WEIGHTS, "action_teacher.safetensors")
-    )
+    status, _, err = command_line(teacher, "--causal", "--weights", shipped("action_teacher"))
     assert status == 2 and "--actions" in err and len(err.splitlines()) == 1

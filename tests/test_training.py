@@ -8,17 +8,9 @@ import torch
 from safetensors import safe_open
 
 import training
-from training import (
-    EMA,
-    Muon,
-    UserError,
-    adamw,
-    load_weights,
-    optimise,
-    orthogonal,
-    save_weights,
-    train,
-)
+from text import TextConfig
+from training import EMA, Muon, adamw, optimise, orthogonal, train
+from weights import UserError, read_weights, save_weights
 
 
 def run(out, steps=9, resume=False, die_at=None, minutes=math.inf):
@@ -83,9 +75,9 @@ def test_log_has_every_tenth_step_once_after_a_resume(tmp_path):
 
 def test_weights_are_bf16_with_metadata_and_damaged_files_are_refused(tmp_path):
     path = str(tmp_path / "w.safetensors")
-    save_weights(path, {"a": torch.ones(1000)}, {"dim": 3}, steps=7, quality="good")
-    tensors, config = load_weights(path)
-    assert config == {"dim": 3} and tensors["a"].dtype == torch.float32
+    save_weights(path, {"a": torch.ones(1000)}, TextConfig(3), steps=7, quality="good")
+    tensors, config = read_weights(path)
+    assert config["text_dim"] == 3 and tensors["a"].dtype == torch.float32
     with safe_open(path, "pt") as file:
         assert file.get_tensor("a").dtype == torch.bfloat16
         assert {"command", "commit", "hardware", "steps", "quality"} <= set(file.metadata())
@@ -95,7 +87,7 @@ def test_weights_are_bf16_with_metadata_and_damaged_files_are_refused(tmp_path):
         with open(path, "wb") as file:
             file.write(part)
         with pytest.raises(UserError, match="w.safetensors"):
-            load_weights(path)
+            read_weights(path)
 
 
 def test_average_moves_slowly_to_the_weights():
@@ -142,7 +134,7 @@ def test_muon_moves_hidden_matrices_orthogonally_and_all_else_as_adamw_does():
 
 
 def test_results_stand_in_the_readme_where_its_marker_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr(training, "ROOT", str(tmp_path))
     readme = tmp_path / "README.md"
     readme.write_text(
         "before\n<!-- results/speed.md -->\nold\nrows\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n"

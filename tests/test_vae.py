@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from data import sample_clips
-from training import UserError
-from vae import VAE, VAEConfig, frame_wise, held_out_psnr, load_vae, psnr
+from vae import VAE, VAEConfig, frame_wise, held_out_psnr, psnr
+from weights import UserError, load_model, shipped
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +76,19 @@ def test_the_past_is_remembered(vae):
 
 def test_missing_weights_are_named():
     with pytest.raises(UserError, match="nowhere.safetensors"):
-        load_vae("nowhere.safetensors")
+        load_model(VAE, "nowhere.safetensors")
 
 
 def test_shipped_weights_reconstruct_held_out_clips():
-    assert held_out_psnr(load_vae(), count=8) >= 34
+    assert held_out_psnr(load_model(VAE, shipped("vae")), count=8) >= 34
 
 
 @torch.no_grad()
 def test_the_frame_wise_vae_begins_nearly_as_good_as_the_shipped_one():
-    x, vae = sample_clips(2, torch.Generator().manual_seed(0)).render(0, 9), frame_wise(load_vae())
+    x, vae = (
+        sample_clips(2, torch.Generator().manual_seed(0)).render(0, 9),
+        frame_wise(load_model(VAE, shipped("vae"))),
+    )
     latents = vae.encode(x)
     assert latents.shape[1] == 9 and psnr(vae.decode(latents), x) > 30
 

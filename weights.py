@@ -1,0 +1,139 @@
+"""Weights files in and out, errors that a user can mend, device and dtype.
+
+Weights are safetensors files whose metadata holds the network's config as JSON and where the
+weights came from. Nothing from a file is ever executed.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, fields
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+WEIGHTS = os.path.join(ROOT, "weights")
+
+
+def shipped(name):
+    """Path of the weights that come with the project: "vae", "teacher", "student" ..."""
+    return os.path.join(WEIGHTS, f"{name}.safetensors")
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line on stderr, exit status 2."""
+
+
+def run_main(main):
+    """Call main() as a command line does: UserError ends with status 2, Ctrl-C with status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------ device and dtype
+def device_flags(parser):
+    """Add the flags --device and --dtype to a command line."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+
+
+def choose_device(name):
+    """Turn "auto", "cpu", "cuda", "cuda:1" ... into a torch.device.
+
+    Raises UserError for one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {name!r} is not available here; try --device auto") from None
+    return device
+
+
+def choose_dtype(name, device):
+    """Turn "auto", "float32" or "bfloat16" into a torch.dtype.
+
+    auto is bfloat16 where the hardware multiplies in it: on CUDA, and on processors with AMX or
+    AVX512-BF16. Where it is emulated it is four times slower than float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
+    return torch.bfloat16 if fast or device.type == "cuda" else torch.float32
+
+
+def hardware():
+    """Name the device, for metadata."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+
+
+# --------------------------------------------------------------------------------- weights files
+def provenance():
+    """Say where a file comes from: command, commit, hardware and version of torch."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return {
+        "command": command,
+        "commit": commit or "unknown",
+        "hardware": hardware(),
+        "torch": torch.__version__,
+    }
+
+
+def save_weights(path, tensors, config, **origin):
+    """Write tensors in bf16, with the config, a dataclass, and their origin in the metadata."""
+    metadata = {k: str(v) for k, v in (provenance() | origin).items()}
+    metadata["config"] = json.dumps(asdict(config))
+    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
+    save_file(tensors, path + ".tmp", metadata)
+    os.replace(path + ".tmp", path)
+
+
+def read_weights(path):
+    """Read a safetensors file: (tensors in float32, the config in its metadata or None).
+
+    Raises UserError if the file is missing or damaged.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no weights file {path}; train it first or name another one")
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "null"))
+            return {k: file.get_tensor(k).float() for k in file.keys()}, config  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a whole safetensors file ({reason})") from None
+
+
+def load_model(network, path, device="cpu"):
+    """Make a network (a class with a `Config`: DiT, VAE, TextEncoder) of its weights file.
+
+    Raises UserError if the file is missing, damaged, or of another network.
+    """
+    tensors, config = read_weights(path)
+    known = {field.name for field in fields(network.Config)}
+    # a field that is 0 stands for something that this network does not have
+    if not isinstance(config, dict) or any(config[k] for k in set(config) - known):
+        raise UserError(f"{path} does not hold a {network.__name__}")
+    model = network(network.Config(**{k: v for k, v in config.items() if k in known}))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"the weights in {path} do not fit the model: {reason}") from None
+    return model.to(device).eval()
