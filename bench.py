@@ -18,10 +18,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import ACTIONS, FRAMES, SIZE
+from data import FRAMES, SIZE
+from diffusion import TEACHER_STEPS, normal, solve_ode
 from model import DiT, ModelConfig
+from nfd_world import ACTIONS
 from play import LOOKS, PROMPT, Player
-from sample import TEACHER_STEPS, denoise_chunk, normal, remember_chunk, solve_ode, stream
+from sample import denoise_chunk, remember_chunk, stream
 from text import TextConfig, TextEncoder
 from training import write_results
 from vae import VAE, VAEConfig

@@ -9,7 +9,6 @@ in a batch, on any device.
 
 import argparse
 import math
-import os
 from dataclasses import dataclass, fields
 
 import torch
@@ -241,108 +240,13 @@ def sample_clips(count, generator, split="train"):
     )
 
 
-# --------------------------------------------------------------------------------------------------- the action world
-ACTIONS = {"none": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
-STEP = 2.0  # pixels that an action moves the shape by
-RADIUS = 12.5  # pixels, of each shape: neither prompt nor action says how large one is, and walls depend on it
-
-
-@dataclass
-class Walks(Batch):
-    """B walks by their truth, in the action world of Next-Frame Diffusion: looks and start [B], actions [B, F]. Action f leads to
-    frame f; it moves the shape by STEP, and the walls stop it."""
-
-    colour: torch.Tensor  # index into COLOURS
-    shape: torch.Tensor  # index into SHAPES
-    background: torch.Tensor  # index into BACKGROUNDS
-    x: torch.Tensor  # pixels, before the first action
-    y: torch.Tensor
-    actions: torch.Tensor  # index into ACTIONS
-    radius: torch.Tensor  # pixels, that is drawn; another than RADIUS, which the walls stop, is a past whose size has drifted
-
-    def prompts(self, generator=None):
-        """What the walks look like: "a red circle on a black background". There is one wording: generator is there as for `Clips`."""
-        names = [list(table) for table in (COLOURS, SHAPES, BACKGROUNDS)]
-        rows = zip(self.colour.tolist(), self.shape.tolist(), self.background.tolist())
-        return [
-            f"a {names[0][c]} {names[1][s]} on a {names[2][b]} background".replace(
-                "a orange", "an orange"
-            )
-            for c, s, b in rows
-        ]
-
-    def track(self):
-        """Where the shape is: x, y [B, F] in pixels."""
-        wall = RADIUS * REACH + 1
-        at, places = torch.stack([self.x, self.y], dim=-1), []
-        for move in (STEP * torch.tensor(list(ACTIONS.values()), dtype=at.dtype, device=at.device))[
-            self.actions
-        ].unbind(1):
-            at = (at + move).clamp(wall, SIZE - wall)
-            places.append(at)
-        return torch.stack(places, dim=1).unbind(-1)
-
-    def render(self):
-        """Draw the walks: video [B, F, 3, 64, 64] in [-1, 1]."""
-        x, y = self.track()
-        return draw(
-            self.colour,
-            self.shape,
-            self.background,
-            x,
-            y,
-            self.radius[:, None].expand_as(x),
-            torch.zeros_like(x),
-        )
-
-
-def sample_walks(count, frames, generator):
-    """Draw `count` random walks of `frames` frames. An action is held for a while: each walk has a rate of its own, from a new draw at
-    every frame to one in 32. The first action is none: nothing comes before the first frame."""
-    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
-    pick = lambda table, *more: torch.randint(len(table), (count, *more), generator=generator)
-    room = SIZE / 2 - REACH * RADIUS - 1
-    change = torch.rand(count, frames, generator=generator) < 2 ** uniform(-5, 0)[:, None]
-    held = (
-        torch.where(change, torch.arange(frames), 0).cummax(dim=1).values
-    )  # the frame at which its action was drawn
-    actions = pick(ACTIONS, frames).gather(1, held)
-    actions[:, 0] = 0
-    return Walks(
-        pick(COLOURS),
-        pick(SHAPES),
-        pick(BACKGROUNDS),
-        SIZE / 2 + room * uniform(-1, 1),
-        SIZE / 2 + room * uniform(-1, 1),
-        actions,
-        torch.full((count,), RADIUS),
-    )
-
-
-def save_sheet(video, path, columns=8):
-    """Write a sheet of frames: each clip of video [B, F, 3, H, W] in [-1, 1] is a row of `columns` frames, evenly spaced."""
-    import imageio.v3 as iio
-
-    frames = torch.linspace(0, video.shape[1] - 1, min(columns, video.shape[1])).round().long()
-    rows = to_uint8(video[:, frames])  # [B, F, H, W, 3]
-    B, F, H, W, _ = rows.shape
-    sheet = rows.new_full((B, H + 2, F, W + 2, 3), 255)
-    sheet[:, :H, :, :W] = rows.transpose(1, 2)
-    temporary = f"{path}.tmp.png"
-    iio.imwrite(temporary, sheet.reshape(B * (H + 2), F * (W + 2), 3).numpy())
-    os.replace(temporary, path)
-
-
-def to_uint8(video):
-    """Pixels [..., 3, H, W] in [-1, 1] -> [..., H, W, 3] in 0 .. 255, on the CPU."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).cpu()
-
-
 if __name__ == "__main__":
+    import media
+
     parser = argparse.ArgumentParser(description="Draw a sheet of samples of the shapes world.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="shapes.png")
     args = parser.parse_args()
     clips = sample_clips(12, torch.Generator().manual_seed(args.seed))
-    save_sheet(clips.render(), args.out)
+    media.save_sheet(clips.render(), args.out)
     print("\n".join(clips.prompts()), f"wrote {args.out}", sep="\n")

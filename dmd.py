@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from data import sample_clips
+from dataset import LatentClips
+from diffusion import GUIDANCE, flow_matching_loss, guided_v, normal, with_null
 from model import DiT
 from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
-from sample import GUIDANCE, guided_v, rollout, with_null
-from teacher import LatentClips, flow_matching_loss
+from sample import denoise_chunk, remember_chunk
 from text import TextEncoder
 from training import EMA, adamw, autocast, check_training, optimise, train, training_parser
 from vae import VAE
@@ -51,6 +52,31 @@ def student_x0(student, x0, text, generator):
     t = schedule.timesteps(STUDENT_STEPS).float()[level].to(x0.device)
     x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0.device), t)
     return schedule.x0(x_t, student(x_t, t, text, chunk=c.chunk, window=c.window).float(), t)
+
+
+def rollout(model, noise, times, text, generator, first=None, actions=None):
+    """Self Forcing: the model's own clip, chunk by chunk from its own cache exactly as in sampling, noise [B, T, C, h, w] -> x0_hat.
+
+    Each chunk stops after a random number of the denoising steps at times [N + 1], and the gradient goes through the last of them alone;
+    what later chunks read of it from the cache is a constant. first [B, F, C, h, w]: the clip goes on from these latents, at most a window
+    of them. actions [B, F + T]: as for `DiT.forward`.
+    """
+    c, given, more = (
+        model.config,
+        0 if first is None else first.shape[1],
+        lambda shape: normal(shape, generator).to(noise.device),
+    )
+    cache, keys, x0_hat = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text), []
+    if given:
+        remember_chunk(model, first, keys, cache, None if actions is None else actions[:, :given])
+    stops = torch.randint(
+        1, len(times), (-(-noise.shape[1] // c.chunk),), generator=generator
+    ).tolist()
+    acts = [None] * len(stops) if actions is None else actions[:, given:].split(c.chunk, dim=1)
+    for chunk, stop, act in zip(noise.split(c.chunk, dim=1), stops, acts):
+        x0_hat.append(denoise_chunk(model, chunk, times, keys, cache, more, stop=stop, actions=act))
+        remember_chunk(model, x0_hat[-1], keys, cache, act)
+    return torch.cat(x0_hat, dim=1)
 
 
 def clip_times(count, frames, schedule, generator, device):

@@ -11,71 +11,9 @@ import torch
 from torch import nn
 
 from attention import CrossAttention, KVCache, SelfAttention, rope_angles, rope_table
+from diffusion import Schedule
 
 
-# ------------------------------------------------------------------------------------------------------------ schedule
-@dataclass(frozen=True)
-class Schedule:
-    """x_t = alpha_t x0 + sigma_t eps, and every conversion between v, x0, eps and score. Times broadcast: t [B, T].
-
-    kind "flow" (flow matching, Wan's and the default): alpha = 1 - t, sigma = t, v = eps - x0.
-    kind "cosine" (variance preserving, CausVid's notation): alpha = cos(pi t / 2), sigma = sin(pi t / 2), v = alpha eps - sigma x0.
-    """
-
-    kind: str = "flow"
-    shift: float = 1.0
-
-    def shifted(self, u):
-        """The timestep shift: u in [0, 1] -> t = s u / (1 + (s - 1) u); s > 1 spends more of the time at high noise."""
-        return self.shift * u / (1 + (self.shift - 1) * u)
-
-    def timesteps(self, steps, start=1.0):
-        """Times of an ODE solver or a few-step student, from 1 to 0, both included: [steps + 1], shifted. With a start below 1: that,
-        and those of them that come after it."""
-        times = self.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
-        return torch.cat([times.new_tensor([start]), times[times < start]])
-
-    def _coefficients(self, t, like):
-        """alpha, sigma and their slopes (a, s), with v = a x0 + s eps and alpha s - sigma a = 1, shaped to multiply `like`."""
-        t = torch.as_tensor(t, device=like.device).to(
-            torch.promote_types(like.dtype, torch.float32)
-        )
-        t = t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
-        if self.kind == "flow":
-            return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-        alpha, sigma = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
-        return alpha, sigma, -sigma, alpha
-
-    def add_noise(self, x0, eps, t):
-        alpha, sigma, _, _ = self._coefficients(t, x0)
-        return alpha * x0 + sigma * eps  # x_t = alpha_t x0 + sigma_t eps
-
-    def v(self, x0, eps, t):
-        _, _, a, s = self._coefficients(t, x0)
-        return a * x0 + s * eps
-
-    def x0(self, x_t, v, t):
-        _, sigma, _, s = self._coefficients(t, x_t)
-        return s * x_t - sigma * v  # the inverse of (x0, eps) -> (x_t, v), whose determinant is 1
-
-    def eps(self, x_t, v, t):
-        alpha, _, a, _ = self._coefficients(t, x_t)
-        return alpha * v - a * x_t
-
-    def v_from_x0(self, x_t, x0, t):
-        _, sigma, _, s = self._coefficients(t, x_t)
-        return (s * x_t - x0) / sigma
-
-    def score(self, x_t, v, t):
-        _, sigma, _, _ = self._coefficients(t, x_t)
-        return -self.eps(x_t, v, t) / sigma  # grad log p(x_t) = -eps / sigma_t; sigma must not be 0
-
-    def step(self, x_t, v, t, r):
-        """One step of the probability-flow ODE from t to r, x_r = alpha_r x0 + sigma_r eps: DDIM, for flow matching Euler."""
-        return self.add_noise(self.x0(x_t, v, t), self.eps(x_t, v, t), r)
-
-
-# --------------------------------------------------------------------------------------------------------- transformer
 @dataclass
 class ModelConfig:
     """Field names of Wan 2.1's release; the defaults are the small model for the shapes world."""

@@ -10,10 +10,12 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import sample_clips, save_sheet
-from evaluate import fixed_set, health, make_videos
+from data import sample_clips
+from diffusion import solve_ode
+from evaluate import make_videos
+from media import save_sheet
+from metrics import fixed_set, health
 from model import DiT
-from sample import solve_ode
 from text import TextEncoder
 from training import EMA, Muon, autocast, check_training, optimise, train, training_parser
 from vae import VAE

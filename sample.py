@@ -17,25 +17,14 @@ import torch
 from tqdm import tqdm
 
 from data import FPS, FRAMES, SIZE
-from files import FrameWriter, read_image, read_prompts, read_video
+from diffusion import TEACHER_STEPS, guided_v, normal, solve_ode, with_null
+from media import FrameWriter, read_image, read_prompts, read_video
 from model import DiT
 from text import TextEncoder
 from vae import VAE
 from weights import UserError, choose_device, choose_dtype, load_model, run_main, shipped
 
-TEACHER_STEPS, GUIDANCE = (
-    32,
-    2.0,
-)  # the paper's: 50 and 3.5; in this small world 2 makes cleaner shapes
-
-
 # -------------------------------------------------------------------------------------------- few steps, causal, cached
-def normal(shape, generator):
-    """Noise [B, ...] from a generator on the CPU: a seed gives the same on every device. A list of B of them: one for each video,
-    which is then what it would be alone."""
-    if isinstance(generator, list):
-        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
-    return torch.randn(shape, generator=generator)
 
 
 def denoise_chunk(model, x, times, keys, cache, noise, guidance=None, stop=None, actions=None):
@@ -77,31 +66,6 @@ def remember_chunk(model, x0, keys, cache, actions=None):
     clean = torch.zeros(x0.shape[:2], device=x0.device)
     model(x0, clean, keys, chunk=cache.chunk, window=cache.window, cache=cache, actions=actions)
     cache.commit(x0.shape[1])
-
-
-def rollout(model, noise, times, text, generator, first=None, actions=None):
-    """Self Forcing: the model's own clip, chunk by chunk from its own cache exactly as in sampling, noise [B, T, C, h, w] -> x0_hat.
-
-    Each chunk stops after a random number of the denoising steps at times [N + 1], and the gradient goes through the last of them alone;
-    what later chunks read of it from the cache is a constant. first [B, F, C, h, w]: the clip goes on from these latents, at most a window
-    of them. actions [B, F + T]: as for `DiT.forward`.
-    """
-    c, given, more = (
-        model.config,
-        0 if first is None else first.shape[1],
-        lambda shape: normal(shape, generator).to(noise.device),
-    )
-    cache, keys, x0_hat = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text), []
-    if given:
-        remember_chunk(model, first, keys, cache, None if actions is None else actions[:, :given])
-    stops = torch.randint(
-        1, len(times), (-(-noise.shape[1] // c.chunk),), generator=generator
-    ).tolist()
-    acts = [None] * len(stops) if actions is None else actions[:, given:].split(c.chunk, dim=1)
-    for chunk, stop, act in zip(noise.split(c.chunk, dim=1), stops, acts):
-        x0_hat.append(denoise_chunk(model, chunk, times, keys, cache, more, stop=stop, actions=act))
-        remember_chunk(model, x0_hat[-1], keys, cache, act)
-    return torch.cat(x0_hat, dim=1)
 
 
 @torch.no_grad()
@@ -179,33 +143,6 @@ def pieces(frames, chunk, stride=4):
     while piece := list(itertools.islice(frames, size)):
         yield torch.stack(piece)[None]
         size = stride * chunk
-
-
-# ------------------------------------------------------------------------------------------------ many steps, guided
-def with_null(text):
-    """Embedded prompts [B, S, text_dim] and as many null prompts, which are all zeros -> [2 B, S, text_dim]."""
-    return torch.cat([text, torch.zeros_like(text)])
-
-
-def guided_v(model, x_t, t, text, guidance, **attention):
-    """Classifier-free guidance, two passes made as one batch. x_t [B, T, C, h, w]; text: `with_null`, or its keys."""
-    v_text, v_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), text, **attention).chunk(2)
-    return v_null + guidance * (v_text - v_null)  # v = v_null + g (v_text - v_null)
-
-
-@torch.no_grad()
-def solve_ode(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE):
-    """Solve the bidirectional teacher's guided probability-flow ODE from noise x [B, T, C, h, w] at t = 1 to t = 0.
-
-    -> the states at schedule.timesteps(steps), [steps + 1, B, T, C, h, w], noise first, x0 last.
-    """
-    schedule, times, states = model.schedule, model.schedule.timesteps(steps), [x]
-    keys = model.text_keys(with_null(text))
-    for t, r in zip(times[:-1], times[1:]):
-        v = guided_v(model, x, torch.full(x.shape[:2], float(t), device=x.device), keys, guidance)
-        x = schedule.step(x, v, t, r)
-        states.append(x)
-    return torch.stack(states)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

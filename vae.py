@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import FRAMES, sample_clips, save_sheet
+from data import FRAMES, sample_clips
+from media import save_sheet
 from training import EMA, adamw, autocast, check_training, optimise, train, training_parser
 from weights import load_model, run_main, save_weights, shipped
 

@@ -3,7 +3,6 @@ import math
 import torch
 
 from data import (
-    ACTIONS,
     BOUNCE,
     CLOCKWISE,
     COLOURS,
@@ -12,19 +11,17 @@ from data import (
     FRAMES,
     MOTIONS,
     PULSE,
-    RADIUS,
     REACH,
     RISE,
     SHAPES,
     SIZE,
     SLIDE,
     SPIN,
-    STEP,
     STILL,
     combinations,
     sample_clips,
-    sample_walks,
 )
+from nfd_world import ACTIONS, RADIUS, STEP, sample_walks
 
 
 def clips(count=400, split="all", seed=0):

@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 
-from dmd import clip_times, dmd_loss, student_x0
-from model import DiT, ModelConfig, Schedule
-from sample import rollout, stream
-from teacher import flow_matching_loss
+from diffusion import Schedule, flow_matching_loss
+from dmd import clip_times, dmd_loss, rollout, student_x0
+from model import DiT, ModelConfig
+from sample import stream
 from training import adamw, optimise
 
 MEAN, STD = 1.5, 0.6  # of the data

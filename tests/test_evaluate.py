@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 import evaluate
 from data import sample_clips
-from evaluate import diversity, fixed_set, health, measure, play_walks, table
+from evaluate import play_walks, table
+from metrics import diversity, fixed_set, health, measure
 from model import DiT, ModelConfig
 from text import TextEncoder
 from vae import VAE, VAEConfig

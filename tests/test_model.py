@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from attention import block_causal_mask
-from model import DiT, ModelConfig, Schedule
+from diffusion import Schedule
+from model import DiT, ModelConfig
 from weights import UserError, load_model, save_weights
 
 SMALL = dict(

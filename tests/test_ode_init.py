@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from model import DiT, ModelConfig, Schedule
+from diffusion import Schedule
+from model import DiT, ModelConfig
 from ode_init import chunk_levels, make_trajectories, regression_loss, student_grid
 from text import TextEncoder
 from weights import UserError

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from http.server import ThreadingHTTPServer
 
 import imageio.v3 as iio
 import pytest
@@ -12,7 +13,8 @@ import torch
 
 import play
 from model import DiT, ModelConfig
-from play import NAMES, Player, Show, handler, parse_actions
+from page import Show, handler
+from play import NAMES, Player, parse_actions
 from sample import stream
 from text import TextEncoder
 from vae import VAE, VAEConfig
@@ -198,7 +200,7 @@ def page():
         torch.full((3, 64, 64), 0.01 * len(prompt())) for _ in itertools.count()
     )
     show = Show(lambda looks: world(4), streamed, fps=200)
-    server = play.ThreadingHTTPServer(("127.0.0.1", 0), handler(show))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(show))
     server.daemon_threads = True
     for target in (show.run, server.serve_forever):
         threading.Thread(target=target, daemon=True).start()

@@ -68,3 +68,25 @@ def test_no_weights_file_is_ever_executed():
                 r"torch\.load\([^\n]*", open(os.path.join(ROOT, name), encoding="utf-8").read()
             ):
                 assert "weights_only=True" in call, name
+
+
+def shelves():
+    """The README's table of files: [[module, ...], ...], a list for each shelf, in its order."""
+    rows = re.findall(r"^\|([^|]*)\| `(\w+)\.py`", README, re.M)
+    found = []
+    for shelf, module in rows[: next(i for i, row in enumerate(rows) if row[1] == "page") + 1]:
+        if shelf.strip():
+            found.append([])
+        found[-1].append(module)
+    return found
+
+
+def test_a_module_imports_from_its_shelf_only_what_stands_above_it():
+    modules = [module for shelf in shelves() for module in shelf]
+    files = {os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, "*.py"))}
+    assert set(modules) == files and len(modules) == len(files)
+    for shelf in shelves():
+        for place, module in enumerate(shelf):
+            with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:
+                imported = re.findall(r"^(?:from|import) (\w+)", file.read(), re.M)
+            assert not set(imported) & set(shelf[place:]), module

@@ -13,9 +13,10 @@ import torch
 
 import sample
 from data import BOUNCE, CLOCKWISE, PULSE, RISE, SLIDE, sample_clips
+from diffusion import solve_ode
+from metrics import fit_motions, recover
 from model import DiT, ModelConfig
-from recover import fit_motions, recover
-from sample import pieces, remember_chunk, solve_ode, stream
+from sample import pieces, remember_chunk, stream
 from text import TextEncoder
 from vae import VAE, VAEConfig
 from weights import WEIGHTS, load_model, save_weights, shipped

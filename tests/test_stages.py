@@ -19,10 +19,10 @@ STAGES = [
     ("teacher.py --clips 16", ["teacher.safetensors", "text_encoder.safetensors"]),
     ("teacher.py --clips 16 --causal", ["causal_teacher.safetensors"]),
     (
-        "teacher.py --clips 2 --actions --weights " + shipped("action_teacher"),
+        "nfd_teacher.py --clips 2 --weights " + shipped("action_teacher"),
         ["action_teacher.safetensors"],
     ),
-    ("consistency.py --clips 2", ["player.safetensors"]),
+    ("nfd_consistency.py --clips 2", ["player.safetensors"]),
     ("ode_init.py --trajectories 16 --solver-steps 4", ["ode_init.safetensors"]),
     ("dmd.py --clips 16", ["student.safetensors"]),
     ("dmd.py --clips 16 --rollout self --causal-scores", ["student.safetensors"]),
@@ -70,4 +70,4 @@ def test_only_a_causal_teacher_begins_with_weights(command_line):
     status, _, err = command_line(teacher, "--weights", shipped("teacher"))
     assert status == 2 and "--causal" in err and len(err.splitlines()) == 1 and not os.listdir()
     status, _, err = command_line(teacher, "--causal", "--weights", shipped("action_teacher"))
-    assert status == 2 and "--actions" in err and len(err.splitlines()) == 1
+    assert status == 2 and "nfd_teacher.py" in err and len(err.splitlines()) == 1

@@ -3,19 +3,14 @@ from types import SimpleNamespace
 
 import torch
 
-from data import ACTIONS, BOUNCE, RADIUS, SPIN, sample_clips, sample_walks
-from model import DiT, ModelConfig, Schedule
-from recover import recover
-from teacher import (
-    SHARES,
-    LatentClips,
-    draw_chunk_times,
-    draw_times,
-    draw_walk_times,
-    flow_matching_loss,
-    own_past,
-    with_actions,
-)
+from data import BOUNCE, SPIN, sample_clips
+from dataset import SHARES, LatentClips
+from diffusion import Schedule, draw_times, flow_matching_loss
+from metrics import recover
+from model import DiT, ModelConfig
+from nfd_teacher import draw_walk_times, own_past, with_actions
+from nfd_world import ACTIONS, RADIUS, sample_walks
+from teacher import draw_chunk_times
 
 
 def test_times_are_shifted_towards_noise():

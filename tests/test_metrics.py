@@ -1,8 +1,8 @@
 import torch
 
-from data import ACTIONS, REACH, SIZE, draw, sample_clips, sample_walks
-from evaluate import frame_quality
-from recover import actions_obeyed, fit_motions, recover
+from data import REACH, SIZE, draw, sample_clips
+from metrics import fit_motions, frame_quality, recover
+from nfd_world import ACTIONS, actions_obeyed, sample_walks
 
 
 def test_recovery_finds_what_was_drawn():

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from data import (
-    ACTIONS,
     BACKGROUNDS,
     BOUNCE,
     CLOCKWISE,
@@ -25,9 +24,9 @@ from data import (
     SIZE,
     SLIDE,
     SPIN,
-    STEP,
     STILL,
     draw,
+    sample_clips,
 )
 
 PALETTE = torch.tensor(list(COLOURS.values())) / 127.5 - 1  # [8, 3]
@@ -212,18 +211,112 @@ def fit_motions(found, shape):
     return error
 
 
-def actions_obeyed(found, actions, momentary=False):
-    """Which frames after the first show what their action says, walls included: bool [B, F - 1] for actions [B, F].
+# ---------------------------------------------------------------------------------------- measures
+ATTRIBUTES = ("colour", "shape", "background", "motion")
 
-    Within half a step of where the action takes the shape from where it was in the frame before. A wall stops a shape of the walk's
-    median size; momentary: of the size in the frame before, which leaves out what is wrong only because the size has changed."""
-    wall = (
-        found.radius[:, :-1] if momentary else found.radius.median(1, keepdim=True).values
-    ) * REACH + 1
-    right = found.radius[:, 1:] >= SMALLEST
-    for at, move in zip(
-        (found.x, found.y), (STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]).unbind(-1)
-    ):
-        goal = torch.minimum(torch.maximum(at[:, :-1] + move, wall), SIZE - wall)
-        right = right & ((at[:, 1:] - goal).abs() < STEP / 2)
-    return right
+
+LOST = 3.0  # pixels: a track farther than this from every law has no motion that has a name
+
+
+def contrast(found):
+    """How far each drawn frame is from its background, root mean square: [B, F]."""
+    return (
+        (found.video - BACKDROPS[found.background][..., None, None])
+        .square()
+        .mean((-1, -2, -3))
+        .sqrt()
+        .clamp(min=1e-2)
+    )
+
+
+def frame_quality(video, found):
+    """Of each frame, 0 to 1: 1 - |frame - drawn| / |drawn - background|, where drawn is the best match of `recover`: [B, F]."""
+    rest = (video.cpu() - found.video).square().mean((-1, -2, -3)).sqrt()
+    return (1 - rest / contrast(found)).clamp(min=0) * (found.radius >= SMALLEST)
+
+
+def measure(video, clips, found=None):
+    """Measures, 0 to 100 each, of video [B, F, 3, 64, 64] made for the prompts of `clips`: name -> [B]. found: `recover(video)`, if known.
+
+    text alignment: 100 where colour, shape, background and motion are all what the prompt says; and each attribute on its own.
+    frame quality: `frame_quality`, mean over frames.
+    temporal quality: the mean of three: identity (frames that show the clip's own colour, shape and, but for a pulse, size), steadiness
+    (no change from frame to frame that the drawn frames do not make) and track (how close the prompted motion's law is).
+    """
+    found = found or recover(video)
+    shape, colour = mode(found.shape, len(SHAPES)), mode(found.colour, len(COLOURS))
+    error = fit_motions(found, shape)
+    motion = torch.where(error.amin(1) < LOST**2, error.argmin(1), -1)
+    seen = dict(
+        colour=colour,
+        shape=shape,
+        background=mode(found.background, len(BACKGROUNDS)),
+        motion=motion,
+    )
+    visible = found.radius >= SMALLEST  # [B, F]
+    right = {
+        name: (seen[name] == getattr(clips, name))
+        & (name == "background" or visible.float().mean(1) > 0.5)
+        for name in ATTRIBUTES
+    }
+
+    typical = found.radius.median(1, keepdim=True).values
+    same_size = ((found.radius / typical - 1).abs() < 0.15) | (clips.motion == PULSE)[:, None]
+    identity = (
+        (visible & (found.shape == shape[:, None]) & (found.colour == colour[:, None]) & same_size)
+        .float()
+        .mean(1)
+    )
+    flicker = (video.cpu() - found.video).diff(dim=1).square().mean((-1, -2, -3)).sqrt()
+    steady = (1 - flicker / contrast(found)[:, 1:]).clamp(min=0).mean(1)
+    track = 1 / (
+        1 + error.gather(1, clips.motion[:, None])[:, 0] / 2.0**2
+    )  # 50 at 2 pixels from the law
+    result = {
+        "text alignment": torch.stack(list(right.values())).all(0).float(),
+        **{k: v.float() for k, v in right.items()},
+        "frame quality": frame_quality(video, found).mean(1),
+        "temporal quality": (identity + steady + track) / 3,
+        "identity": identity,
+        "steadiness": steady,
+        "track": track,
+    }
+    return {k: 100 * v for k, v in result.items()}
+
+
+def diversity(video, clips):
+    """How much the clips made for one prompt differ, against how much the data's do: 0 to 100.
+
+    video [P, N, F, 3, 64, 64], F > 16: N clips for each prompt of `clips`. Spread is the standard deviation, among the clips of a prompt, of
+    position and radius at the start and a second later: start, size, phase and speed all show in it. What hardly varies in the data is
+    left out; more spread than the data's does not count.
+    """
+    found = recover(video.flatten(0, 1)[:, [0, FPS]])
+    made = (
+        torch.stack([found.x, found.y, found.radius]).unflatten(1, video.shape[:2]).var(2)
+    )  # [3, P, 2]
+    world = sample_clips(4000, torch.Generator().manual_seed(0), "all")
+    same = [
+        world[(world.shape == s) & (world.motion == m)]
+        for s, m in zip(clips.shape.cpu(), clips.motion.cpu())
+    ]
+    data = torch.stack(
+        [torch.stack(c.track(torch.tensor([0.0, 1.0]))[:3]).var(1) for c in same], dim=1
+    )  # [3, P, 2]
+    made, data = (v.mean(1).sqrt() for v in (made, data))
+    return 100 * (made / data)[data > 0.5].clamp(max=1).mean().item()
+
+
+def fixed_set(prompts=4, copies=2):
+    """A few held-out clips to watch a training run with, each prompt `copies` times over, and always the same noise for them."""
+    clips = sample_clips(prompts, torch.Generator().manual_seed(1), "held-out")
+    return clips[torch.arange(prompts).repeat_interleave(copies)], torch.Generator().manual_seed(2)
+
+
+def health(video, clips, copies=2):
+    """What tells a healthy run from one that collapses, for videos of `fixed_set`: name -> 0 .. 100."""
+    measured = measure(video.cpu(), clips)
+    return {
+        name: measured[name].mean().item()
+        for name in ("text alignment", "shape", "motion", "frame quality", "temporal quality")
+    } | {"diversity": diversity(video.cpu().unflatten(0, (-1, copies)), clips[::copies])}

@@ -1,6 +1,6 @@
 """Next-Frame Diffusion, stage 1: consistency distillation of the causal teacher of the action world into a few-step player.
 
-    python consistency.py           distils weights/action_teacher.safetensors
+    python nfd_consistency.py         distils weights/action_teacher.safetensors
 
 The consistency function f(x_t, t) is where the teacher's probability-flow ODE takes x_t in the end. All points of one path have the
 same end, so f must agree on neighbours, and f(x_0, 0) = x_0 ties it down. In discrete time: the path is one solver step long, on a
@@ -15,10 +15,12 @@ from dataclasses import replace
 
 import torch
 
-from data import sample_walks, save_sheet
+from dataset import LatentClips
 from evaluate import play_walks
+from media import save_sheet
 from model import DiT
-from teacher import LatentClips, draw_walk_times, own_past
+from nfd_teacher import draw_walk_times, own_past
+from nfd_world import sample_walks
 from text import TextEncoder
 from training import EMA, Muon, autocast, check_training, optimise, train, training_parser
 from vae import VAE

@@ -9,7 +9,7 @@ import os
 import torch
 from torch.nn import functional as F
 
-from data import FPS, SIZE, save_sheet, to_uint8
+from data import FPS, SIZE
 from weights import UserError
 
 
@@ -184,3 +184,22 @@ def read_prompts(path):
     if not prompts:
         raise UserError(f"there is no prompt in {path}")
     return prompts
+
+
+def save_sheet(video, path, columns=8):
+    """Write a sheet of frames: each clip of video [B, F, 3, H, W] in [-1, 1] is a row of `columns` frames, evenly spaced."""
+    import imageio.v3 as iio
+
+    frames = torch.linspace(0, video.shape[1] - 1, min(columns, video.shape[1])).round().long()
+    rows = to_uint8(video[:, frames])  # [B, F, H, W, 3]
+    B, F, H, W, _ = rows.shape
+    sheet = rows.new_full((B, H + 2, F, W + 2, 3), 255)
+    sheet[:, :H, :, :W] = rows.transpose(1, 2)
+    temporary = f"{path}.tmp.png"
+    iio.imwrite(temporary, sheet.reshape(B * (H + 2), F * (W + 2), 3).numpy())
+    os.replace(temporary, path)
+
+
+def to_uint8(video):
+    """Pixels [..., 3, H, W] in [-1, 1] -> [..., H, W, 3] in 0 .. 255, on the CPU."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).cpu()

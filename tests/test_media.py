@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import sample_clips, to_uint8
-from files import FrameWriter, fit, read_image, read_prompts, read_video
+from data import sample_clips
+from media import FrameWriter, fit, read_image, read_prompts, read_video, to_uint8
 from weights import UserError
 
 

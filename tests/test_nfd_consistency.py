@@ -3,8 +3,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from consistency import consistency_loss
-from model import DiT, Schedule
+from diffusion import Schedule
+from model import DiT
+from nfd_consistency import consistency_loss
 from weights import load_model, shipped
 
 MU, S, N = 0.7, 0.5, 48

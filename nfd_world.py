@@ -1,0 +1,105 @@
+"""The action world of Next-Frame Diffusion: walks, in which an action moves the shape from frame to frame."""
+
+from dataclasses import dataclass
+
+import torch
+
+from data import BACKGROUNDS, COLOURS, REACH, SHAPES, SIZE, Batch, draw
+from metrics import SMALLEST
+
+ACTIONS = {"none": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
+
+
+STEP = 2.0  # pixels that an action moves the shape by
+
+
+RADIUS = 12.5  # pixels, of each shape: neither prompt nor action says how large one is, and walls depend on it
+
+
+@dataclass
+class Walks(Batch):
+    """B walks by their truth, in the action world of Next-Frame Diffusion: looks and start [B], actions [B, F]. Action f leads to
+    frame f; it moves the shape by STEP, and the walls stop it."""
+
+    colour: torch.Tensor  # index into COLOURS
+    shape: torch.Tensor  # index into SHAPES
+    background: torch.Tensor  # index into BACKGROUNDS
+    x: torch.Tensor  # pixels, before the first action
+    y: torch.Tensor
+    actions: torch.Tensor  # index into ACTIONS
+    radius: torch.Tensor  # pixels, that is drawn; another than RADIUS, which the walls stop, is a past whose size has drifted
+
+    def prompts(self, generator=None):
+        """What the walks look like: "a red circle on a black background". There is one wording: generator is there as for `Clips`."""
+        names = [list(table) for table in (COLOURS, SHAPES, BACKGROUNDS)]
+        rows = zip(self.colour.tolist(), self.shape.tolist(), self.background.tolist())
+        return [
+            f"a {names[0][c]} {names[1][s]} on a {names[2][b]} background".replace(
+                "a orange", "an orange"
+            )
+            for c, s, b in rows
+        ]
+
+    def track(self):
+        """Where the shape is: x, y [B, F] in pixels."""
+        wall = RADIUS * REACH + 1
+        at, places = torch.stack([self.x, self.y], dim=-1), []
+        for move in (STEP * torch.tensor(list(ACTIONS.values()), dtype=at.dtype, device=at.device))[
+            self.actions
+        ].unbind(1):
+            at = (at + move).clamp(wall, SIZE - wall)
+            places.append(at)
+        return torch.stack(places, dim=1).unbind(-1)
+
+    def render(self):
+        """Draw the walks: video [B, F, 3, 64, 64] in [-1, 1]."""
+        x, y = self.track()
+        return draw(
+            self.colour,
+            self.shape,
+            self.background,
+            x,
+            y,
+            self.radius[:, None].expand_as(x),
+            torch.zeros_like(x),
+        )
+
+
+def sample_walks(count, frames, generator):
+    """Draw `count` random walks of `frames` frames. An action is held for a while: each walk has a rate of its own, from a new draw at
+    every frame to one in 32. The first action is none: nothing comes before the first frame."""
+    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
+    pick = lambda table, *more: torch.randint(len(table), (count, *more), generator=generator)
+    room = SIZE / 2 - REACH * RADIUS - 1
+    change = torch.rand(count, frames, generator=generator) < 2 ** uniform(-5, 0)[:, None]
+    held = (
+        torch.where(change, torch.arange(frames), 0).cummax(dim=1).values
+    )  # the frame at which its action was drawn
+    actions = pick(ACTIONS, frames).gather(1, held)
+    actions[:, 0] = 0
+    return Walks(
+        pick(COLOURS),
+        pick(SHAPES),
+        pick(BACKGROUNDS),
+        SIZE / 2 + room * uniform(-1, 1),
+        SIZE / 2 + room * uniform(-1, 1),
+        actions,
+        torch.full((count,), RADIUS),
+    )
+
+
+def actions_obeyed(found, actions, momentary=False):
+    """Which frames after the first show what their action says, walls included: bool [B, F - 1] for actions [B, F].
+
+    Within half a step of where the action takes the shape from where it was in the frame before. A wall stops a shape of the walk's
+    median size; momentary: of the size in the frame before, which leaves out what is wrong only because the size has changed."""
+    wall = (
+        found.radius[:, :-1] if momentary else found.radius.median(1, keepdim=True).values
+    ) * REACH + 1
+    right = found.radius[:, 1:] >= SMALLEST
+    for at, move in zip(
+        (found.x, found.y), (STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]).unbind(-1)
+    ):
+        goal = torch.minimum(torch.maximum(at[:, :-1] + move, wall), SIZE - wall)
+        right = right & ((at[:, 1:] - goal).abs() < STEP / 2)
+    return right
