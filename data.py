@@ -114,32 +114,21 @@ class Clips(Batch):
     rate: torch.Tensor  # radians/s (its sign is the sense of spinning); bouncing: pixels/s
 
     def prompts(self, generator=None):
-        """The clips' prompts; in the first wording without a generator, in a random one with it."""
-        pick = (
-            (lambda options: options[0])
-            if generator is None
-            else (
-                lambda options: options[torch.randint(len(options), (), generator=generator).item()]
-            )
-        )
-        names = [list(table) for table in (COLOURS, SHAPES, BACKGROUNDS)]
-        rows = zip(
-            self.colour.tolist(),
-            self.shape.tolist(),
-            self.motion.tolist(),
-            self.background.tolist(),
-        )
-        return [
-            pick(WORDINGS)
-            .format(
-                colour=names[0][c],
-                shape=names[1][s],
-                background=names[2][b],
-                motion=pick(list(MOTIONS.values())[m]),
-            )
-            .replace("a orange", "an orange")
-            for c, s, m, b in rows
-        ]
+        """Word the clips' prompts: in the first wording, or in random ones with a generator."""
+
+        def pick(options):
+            if generator is None:
+                return options[0]
+            return options[torch.randint(len(options), (), generator=generator).item()]
+
+        names = [list(table) for table in (COLOURS, SHAPES, MOTIONS.values(), BACKGROUNDS)]
+        rows = torch.stack([self.colour, self.shape, self.motion, self.background], dim=1)
+        prompts = []
+        for c, s, m, b in rows.tolist():
+            wording = pick(WORDINGS)
+            words = {"colour": names[0][c], "shape": names[1][s], "background": names[3][b]}
+            prompts.append(with_article(wording.format(motion=pick(names[2][m]), **words)))
+        return prompts
 
     def track(self, seconds):
         """Where the shape is at `seconds` [F]: x, y (pixels), radius (pixels) and angle (radians), each [B, F]."""
@@ -155,14 +144,13 @@ class Clips(Batch):
         )
         # bouncing: straight lines, reflected at the walls by folding them into a triangle wave
         wall = column(self.radius) * REACH + 1
-        fold = lambda z: (
-            wall
-            + (SIZE - 2 * wall)
-            - ((z - wall) % (2 * (SIZE - 2 * wall)) - (SIZE - 2 * wall)).abs()
-        )
         run = column(self.rate) * seconds
-        x = torch.where(motion == BOUNCE, fold(x + run * torch.cos(column(self.phase))), x)
-        y = torch.where(motion == BOUNCE, fold(y + run * torch.sin(column(self.phase))), y)
+        x = torch.where(
+            motion == BOUNCE, reflect(x + run * torch.cos(column(self.phase)) - wall, wall), x
+        )
+        y = torch.where(
+            motion == BOUNCE, reflect(y + run * torch.sin(column(self.phase)) - wall, wall), y
+        )
         radius = column(self.radius) * torch.where(motion == PULSE, 1 + 0.35 * torch.sin(turn), 1.0)
         angle = torch.where(motion == SPIN, turn, 0.0)
         return x, y, radius, angle
@@ -172,6 +160,17 @@ class Clips(Batch):
         device = self.x.device
         seconds = (start + torch.arange(frames, device=device)) / FPS
         return draw(self.colour, self.shape, self.background, *self.track(seconds))
+
+
+def reflect(way, wall):
+    """Fold straight motion at the walls `wall` and SIZE - wall; way: from the first wall, pixels."""
+    span = SIZE - 2 * wall
+    return wall + span - (way % (2 * span) - span).abs()
+
+
+def with_article(prompt):
+    """Mend the article of a prompt before "orange"."""
+    return prompt.replace("a orange", "an orange")
 
 
 def draw(colour, shape, background, x, y, radius, angle):

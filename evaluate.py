@@ -124,7 +124,7 @@ def play_walks(
 ):
     """Stream random walks of the action world (NFD) frame by frame -> (video [B, F, 3, 64, 64], measures name -> 0 .. 100).
 
-    action accuracy (`actions_obeyed`; and with walls for the size of the moment), frame quality and looks (frames with the prompt's colour,
+    action accuracy (`actions_obeyed`), frame quality and looks (frames with the prompt's colour,
     shape and background), each also of the last 10 seconds.
     ahead: as play.py plays them instead, one after the other, with speculative sampling of at most so many frames."""
     generator = torch.Generator().manual_seed(seed)
@@ -161,7 +161,6 @@ def play_walks(
     ).all(0)
     measured = {
         "action accuracy": actions_obeyed(found, walks.actions),
-        "at the size of the moment": actions_obeyed(found, walks.actions, True),
         "frame quality": frame_quality(video, found),
         "looks": looks,
     }

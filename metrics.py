@@ -26,6 +26,7 @@ from data import (
     SPIN,
     STILL,
     draw,
+    reflect,
     sample_clips,
 )
 
@@ -129,26 +130,20 @@ def _fit(z, basis, amplitude, least, most):
 
 
 def _fit_reflected(z, wall, seconds):
-    """Straight motion of 6 to 29 pixels/s on one axis z [B, F] between the walls wall [B, 1] and 64 - wall: mean squared residual [B].
+    """Fit straight motion of 6 to 29 pixels/s between walls to one axis z [B, F]: the mean squared
+    residual [B]. wall [B, 1]: the first wall; the other is at SIZE - wall.
 
-    Searched on a grid of speeds and starting points, which is then made finer twice around the best."""
-    span = SIZE - 2 * wall[..., None]  # [B, 1, 1]
-    fold = lambda u: (
-        wall[..., None, None]
-        + span[..., None]
-        - (u % (2 * span[..., None]) - span[..., None]).abs()
-    )
-    speed, start = (
-        torch.full((len(z), 1), 17.5),
-        torch.full((len(z), 1), 0.5),
-    )  # start in units of 2 spans
+    Searches a grid of speeds and starting points, which is made finer twice around the best.
+    """
+    wall = wall[..., None, None]  # [B, 1, 1, 1]
+    period = 2 * (SIZE - 2 * wall)
+    speed = torch.full((len(z), 1), 17.5)
+    start = torch.full((len(z), 1), 0.5)  # in periods
     for speeds, starts, reach in ((48, 40, 1.0), (9, 9, 1 / 24), (9, 9, 1 / 100)):
         v = speed + 11.5 * reach * torch.linspace(-1, 1, speeds)  # [B, S]
         u = start + 0.5 * reach * torch.linspace(-1, 1, starts)  # [B, U]
-        track = fold(
-            2 * span[..., None] * u[:, None, :, None] + v[:, :, None, None] * seconds
-        )  # [B, S, U, F]
-        error = (track - z[:, None, None]).square().mean(-1).flatten(1)
+        way = period * u[:, None, :, None] + v[:, :, None, None] * seconds  # [B, S, U, F]
+        error = (reflect(way, wall) - z[:, None, None]).square().mean(-1).flatten(1)
         best = error.argmin(1, keepdim=True)
         speed, start = v.gather(1, best // starts), u.gather(1, best % starts)
     return error.amin(1)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import BACKGROUNDS, COLOURS, REACH, SHAPES, SIZE, Batch, draw
+from data import BACKGROUNDS, COLOURS, REACH, SHAPES, SIZE, Batch, draw, with_article
 from metrics import SMALLEST
 
 ACTIONS = {"none": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
@@ -30,14 +30,15 @@ class Walks(Batch):
     radius: torch.Tensor  # pixels, that is drawn; another than RADIUS, which the walls stop, is a past whose size has drifted
 
     def prompts(self, generator=None):
-        """What the walks look like: "a red circle on a black background". There is one wording: generator is there as for `Clips`."""
+        """Say what the walks look like: "a red circle on a black background".
+
+        There is one wording; generator is there as for `Clips`.
+        """
         names = [list(table) for table in (COLOURS, SHAPES, BACKGROUNDS)]
-        rows = zip(self.colour.tolist(), self.shape.tolist(), self.background.tolist())
+        rows = torch.stack([self.colour, self.shape, self.background], dim=1).tolist()
+        looks = "a {} {} on a {} background"
         return [
-            f"a {names[0][c]} {names[1][s]} on a {names[2][b]} background".replace(
-                "a orange", "an orange"
-            )
-            for c, s, b in rows
+            with_article(looks.format(names[0][c], names[1][s], names[2][b])) for c, s, b in rows
         ]
 
     def track(self):
@@ -88,18 +89,17 @@ def sample_walks(count, frames, generator):
     )
 
 
-def actions_obeyed(found, actions, momentary=False):
-    """Which frames after the first show what their action says, walls included: bool [B, F - 1] for actions [B, F].
+def actions_obeyed(found, actions):
+    """Tell which frames after the first show what their action says: bool [B, F - 1].
 
-    Within half a step of where the action takes the shape from where it was in the frame before. A wall stops a shape of the walk's
-    median size; momentary: of the size in the frame before, which leaves out what is wrong only because the size has changed."""
-    wall = (
-        found.radius[:, :-1] if momentary else found.radius.median(1, keepdim=True).values
-    ) * REACH + 1
+    found: what `recover` made of the walks; actions [B, F]. A shape must be within half a step of
+    where the action takes it from its place in the frame before; a wall stops a shape of the
+    walk's median size.
+    """
+    wall = found.radius.median(1, keepdim=True).values * REACH + 1
+    moves = STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]  # [B, F - 1, 2]
     right = found.radius[:, 1:] >= SMALLEST
-    for at, move in zip(
-        (found.x, found.y), (STEP * torch.tensor(list(ACTIONS.values()))[actions[:, 1:]]).unbind(-1)
-    ):
+    for at, move in zip((found.x, found.y), moves.unbind(-1), strict=True):
         goal = torch.minimum(torch.maximum(at[:, :-1] + move, wall), SIZE - wall)
         right = right & ((at[:, 1:] - goal).abs() < STEP / 2)
     return right
