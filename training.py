@@ -21,37 +21,36 @@ from weights import ROOT, UserError, choose_device, choose_dtype, provenance
 
 
 def write_results(out, result, text):
-    """Print a table, and write what was measured to OUT.json and the table to OUT.md; the README's copy of OUT.md, if it has one, follows.
+    """Print a table; write OUT.json, OUT.md and the table between its markers in docs/RESULTS.md.
 
-    Raises UserError if they cannot be written."""
+    The markers are <!-- OUT.json --> and <!-- end -->. Raises UserError if a file cannot be written.
+    """
     print(text)
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        for suffix, content in (
-            (".json", json.dumps(provenance() | result, indent=1)),
-            (".md", text),
-        ):
-            with open(out + suffix + ".tmp", "w") as file:
-                file.write(content + "\n")
-            os.replace(out + suffix + ".tmp", out + suffix)
+        replace_file(out + ".json", json.dumps(provenance() | result, indent=1) + "\n")
+        replace_file(out + ".md", text + "\n")
     except OSError as error:
         raise UserError(f"cannot write {out}.json and {out}.md: {error.strerror}") from None
     print(f"wrote {out}.json and {out}.md")
-    # in the README, what stands between <!-- OUT.md --> and <!-- end -->
-    root = ROOT
-    path, marker = (
-        os.path.join(root, "README.md"),
-        re.escape(f"<!-- {os.path.relpath(out, root)}.md -->"),
-    )
+    path = os.path.join(ROOT, "docs", "RESULTS.md")
+    marker = re.escape(f"<!-- {os.path.relpath(out, ROOT)}.json -->")
     with open(path, encoding="utf-8") as file:
-        readme = file.read()
-    changed = re.sub(
-        rf"({marker}\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S
-    )
-    if changed != readme:
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.write(changed)
-        os.replace(path + ".tmp", path)
+        before = file.read()
+
+    def filled(match):
+        return f"{match[1]}{text}\n{match[2]}"
+
+    after = re.sub(rf"({marker}\n).*?(<!-- end -->)", filled, before, flags=re.S)
+    if after != before:
+        replace_file(path, after)
+
+
+def replace_file(path, content):
+    """Write a text file under a temporary name that then becomes `path`."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(content)
+    os.replace(path + ".tmp", path)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

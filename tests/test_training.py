@@ -133,15 +133,16 @@ def test_muon_moves_hidden_matrices_orthogonally_and_all_else_as_adamw_does():
     assert torch.linalg.matrix_norm(moved, 2) < 1.3  # no direction moves farther than the others
 
 
-def test_results_stand_in_the_readme_where_its_marker_is(tmp_path, monkeypatch):
+def test_results_stand_in_the_docs_where_their_marker_is(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "ROOT", str(tmp_path))
-    readme = tmp_path / "README.md"
+    (tmp_path / "docs").mkdir()
+    readme = tmp_path / "docs" / "RESULTS.md"
     readme.write_text(
-        "before\n<!-- results/speed.md -->\nold\nrows\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n"
+        "before\n<!-- results/speed.json -->\nold\nrows\n<!-- end -->\nbetween\n<!-- results/other.json -->\n<!-- end -->\n"
     )
     training.write_results(str(tmp_path / "results" / "speed"), {"rows": {"a": 1}}, "| a | \\1 |")
     assert (
         readme.read_text()
-        == "before\n<!-- results/speed.md -->\n| a | \\1 |\n<!-- end -->\nbetween\n<!-- results/other.md -->\n<!-- end -->\n"
+        == "before\n<!-- results/speed.json -->\n| a | \\1 |\n<!-- end -->\nbetween\n<!-- results/other.json -->\n<!-- end -->\n"
     )
     assert json.loads((tmp_path / "results" / "speed.json").read_text())["rows"] == {"a": 1}
