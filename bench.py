@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import FRAMES, SIZE
-from diffusion import TEACHER_STEPS, normal, solve_ode
+from diffusion import TEACHER_STEPS, noise_source, solve_ode
 from model import DiT, ModelConfig
 from nfd_world import ACTIONS
 from play import LOOKS, PROMPT, Player
@@ -27,7 +27,16 @@ from sample import denoise_chunk, remember_chunk, stream
 from text import TextConfig, TextEncoder
 from training import write_results
 from vae import VAE, VAEConfig
-from weights import UserError, choose_device, choose_dtype, hardware, load_model, run_main, shipped
+from weights import (
+    UserError,
+    choose_device,
+    choose_dtype,
+    device_flags,
+    hardware,
+    load_model,
+    run_main,
+    shipped,
+)
 
 # transformer, height and width of the video
 SIZES = {
@@ -96,7 +105,9 @@ def build(size, device, dtype, play=False):
 def many_steps(model, vae, text, generator, latent_shape):
     """The teacher's video, decoded chunk by chunk like the student's."""
     state, chunk = {}, model.config.chunk
-    x0 = solve_ode(model, normal(latent_shape, generator).to(text.device), text, TEACHER_STEPS)[-1]
+    x0 = solve_ode(model, noise_source(generator, text.device)(latent_shape), text, TEACHER_STEPS)[
+        -1
+    ]
     for part in x0.split(chunk, dim=1):
         yield vae.decode(part, state)
 
@@ -109,9 +120,10 @@ def without_cache(model, vae, text, generator, latent_shape, steps=4):
         schedule.timesteps(steps),
         torch.zeros(len(text), 0, *latent_shape[2:], device=text.device),
     )
+    noise = noise_source(generator, text.device)
     while True:
-        x = normal((len(text), c.chunk, *latent_shape[2:]), generator).to(text.device)
-        for t, r in zip(times[:-1], times[1:]):
+        x = noise((len(text), c.chunk, *latent_shape[2:]))
+        for t, r in itertools.pairwise(times):
             at = torch.cat(
                 [torch.zeros(past.shape[:2]), torch.full(x.shape[:2], float(t))], dim=1
             ).to(text.device)
@@ -122,7 +134,7 @@ def without_cache(model, vae, text, generator, latent_shape, steps=4):
                 ],
                 t,
             )
-            x = schedule.add_noise(x, normal(x.shape, generator).to(text.device), r) if r > 0 else x
+            x = schedule.add_noise(x, noise(x.shape), r) if r > 0 else x
         yield vae.decode(x, state)
         past = torch.cat([past, x], dim=1)
 
@@ -156,12 +168,11 @@ def stages(model, vae, encoder, latent_shape, device):
         {},
     )
     shape = (len(text), c.chunk, *latent_shape[2:])
+    noise = noise_source(generator, device)
     for _ in range(c.window):  # the last of these has all the window before it
-        x = normal(shape, generator).to(device)
+        x = noise(shape)
         lap()
-        x0 = denoise_chunk(
-            model, x, times, keys, cache, lambda shape: normal(shape, generator).to(device)
-        )
+        x0 = denoise_chunk(model, x, times, keys, cache, noise)
         spent["denoise, 4 passes"] = lap()
         remember_chunk(model, x0, keys, cache)
         spent["clean pass into the cache"] = lap()
@@ -339,8 +350,7 @@ def main():
         default=1000,
         help="the chunk whose time is compared with that of the first behind a full window",
     )
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    device_flags(parser)
     add("--out", default="runs/bench", help="FILE: writes FILE.json and FILE.md")
     args = parser.parse_args()
     if min(args.repeats, args.late) < 1:

@@ -1,70 +1,66 @@
 """The diffusion schedule, the flow-matching loss, guidance, and the many-step ODE solver."""
 
-import math
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 
+def per_frame(t, like):
+    """Shape times t [B, T], or one time, so that they multiply latents [B, T, C, h, w]."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    t = torch.as_tensor(t, device=like.device, dtype=dtype)
+    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """x_t = alpha_t x0 + sigma_t eps, and every conversion between v, x0, eps and score. Times broadcast: t [B, T].
+    """x_t = (1 - t) x0 + t eps, and every conversion between x_t, v, x0, eps and the score.
 
-    kind "flow" (flow matching, Wan's and the default): alpha = 1 - t, sigma = t, v = eps - x0.
-    kind "cosine" (variance preserving, CausVid's notation): alpha = cos(pi t / 2), sigma = sin(pi t / 2), v = alpha eps - sigma x0.
+    Latents [B, T, C, h, w]; times t [B, T], one for each latent frame, or one number for all.
     """
 
-    kind: str = "flow"
     shift: float = 1.0
 
     def shifted(self, u):
-        """The timestep shift: u in [0, 1] -> t = s u / (1 + (s - 1) u); s > 1 spends more of the time at high noise."""
+        """Apply the timestep shift to u in [0, 1]: s > 1 spends more of the time at high noise."""
+        # t = s u / (1 + (s - 1) u)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def timesteps(self, steps, start=1.0):
-        """Times of an ODE solver or a few-step student, from 1 to 0, both included: [steps + 1], shifted. With a start below 1: that,
-        and those of them that come after it."""
+        """The shifted times of `steps` denoising steps, from 1 to 0, both included: [steps + 1].
+
+        start < 1: `start`, then those of them that come after it.
+        """
         times = self.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
         return torch.cat([times.new_tensor([start]), times[times < start]])
 
-    def _coefficients(self, t, like):
-        """alpha, sigma and their slopes (a, s), with v = a x0 + s eps and alpha s - sigma a = 1, shaped to multiply `like`."""
-        t = torch.as_tensor(t, device=like.device).to(
-            torch.promote_types(like.dtype, torch.float32)
-        )
-        t = t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
-        if self.kind == "flow":
-            return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-        alpha, sigma = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
-        return alpha, sigma, -sigma, alpha
-
     def add_noise(self, x0, eps, t):
-        alpha, sigma, _, _ = self._coefficients(t, x0)
-        return alpha * x0 + sigma * eps  # x_t = alpha_t x0 + sigma_t eps
+        t = per_frame(t, x0)
+        # x_t = alpha_t x0 + sigma_t eps,  alpha_t = 1 - t,  sigma_t = t
+        return (1 - t) * x0 + t * eps
 
-    def v(self, x0, eps, t):
-        _, _, a, s = self._coefficients(t, x0)
-        return a * x0 + s * eps
+    def v(self, x0, eps):
+        # v = d x_t / dt = eps - x0
+        return eps - x0
 
     def x0(self, x_t, v, t):
-        _, sigma, _, s = self._coefficients(t, x_t)
-        return s * x_t - sigma * v  # the inverse of (x0, eps) -> (x_t, v), whose determinant is 1
+        # x0 = x_t - t v
+        return x_t - per_frame(t, x_t) * v
 
     def eps(self, x_t, v, t):
-        alpha, _, a, _ = self._coefficients(t, x_t)
-        return alpha * v - a * x_t
-
-    def v_from_x0(self, x_t, x0, t):
-        _, sigma, _, s = self._coefficients(t, x_t)
-        return (s * x_t - x0) / sigma
+        # eps = x_t + (1 - t) v
+        return x_t + (1 - per_frame(t, x_t)) * v
 
     def score(self, x_t, v, t):
-        _, sigma, _, _ = self._coefficients(t, x_t)
-        return -self.eps(x_t, v, t) / sigma  # grad log p(x_t) = -eps / sigma_t; sigma must not be 0
+        """The s(x_t, t) that the papers write. The code needs only x0: `dmd.dmd_loss` says how."""
+        # grad log p(x_t) = -eps / sigma_t
+        return -self.eps(x_t, v, t) / per_frame(t, x_t)
 
     def step(self, x_t, v, t, r):
-        """One step of the probability-flow ODE from t to r, x_r = alpha_r x0 + sigma_r eps: DDIM, for flow matching Euler."""
+        """Take one DDIM step of the probability-flow ODE from t to r; here it is Euler's step."""
+        # x_r = alpha_r x0_hat + sigma_r eps_hat
         return self.add_noise(self.x0(x_t, v, t), self.eps(x_t, v, t), r)
 
 
@@ -74,12 +70,17 @@ TEACHER_STEPS, GUIDANCE = (
 )  # the paper's: 50 and 3.5; in this small world 2 makes cleaner shapes
 
 
-def normal(shape, generator):
-    """Noise [B, ...] from a generator on the CPU: a seed gives the same on every device. A list of B of them: one for each video,
-    which is then what it would be alone."""
-    if isinstance(generator, list):
-        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
-    return torch.randn(shape, generator=generator)
+def noise_source(generator, device="cpu"):
+    """Make the function noise(shape) that draws from a generator on the CPU, or from a list of
+    them, one for each video of the batch: a seed gives the same noise on every device."""
+
+    def noise(shape):
+        if isinstance(generator, list):
+            rows = [torch.randn(shape[1:], generator=g) for g in generator]
+            return torch.stack(rows).to(device)
+        return torch.randn(shape, generator=generator).to(device)
+
+    return noise
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -93,7 +94,7 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
     in a clean one nothing tells eps."""
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     v = model(model.schedule.add_noise(x0, eps, t), t, text, **attention)
-    error = F.mse_loss(v.float(), model.schedule.v(x0, eps, t), reduction="none").mean((2, 3, 4))
+    error = F.mse_loss(v.float(), model.schedule.v(x0, eps), reduction="none").mean((2, 3, 4))
     return torch.where(t > 0, error, 0.0).sum() / (t > 0).sum().clamp(min=1)
 
 
@@ -117,7 +118,7 @@ def solve_ode(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE):
     """
     schedule, times, states = model.schedule, model.schedule.timesteps(steps), [x]
     keys = model.text_keys(with_null(text))
-    for t, r in zip(times[:-1], times[1:]):
+    for t, r in itertools.pairwise(times):
         v = guided_v(model, x, torch.full(x.shape[:2], float(t), device=x.device), keys, guidance)
         x = schedule.step(x, v, t, r)
         states.append(x)

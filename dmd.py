@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from data import sample_clips
 from dataset import LatentClips
-from diffusion import GUIDANCE, flow_matching_loss, guided_v, normal, with_null
+from diffusion import GUIDANCE, flow_matching_loss, guided_v, noise_source, with_null
 from model import DiT
 from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
-from sample import denoise_chunk, remember_chunk
+from sample import denoise_chunk, predict_x0, remember_chunk
 from text import TextEncoder
 from training import EMA, adamw, autocast, check_training, optimise, train, training_parser
 from vae import VAE
@@ -55,26 +55,26 @@ def student_x0(student, x0, text, generator):
 
 
 def rollout(model, noise, times, text, generator, first=None, actions=None):
-    """Self Forcing: the model's own clip, chunk by chunk from its own cache exactly as in sampling, noise [B, T, C, h, w] -> x0_hat.
+    """Generate the model's own clip, chunk by chunk from its own cache as in sampling: x0_hat.
 
-    Each chunk stops after a random number of the denoising steps at times [N + 1], and the gradient goes through the last of them alone;
-    what later chunks read of it from the cache is a constant. first [B, F, C, h, w]: the clip goes on from these latents, at most a window
-    of them. actions [B, F + T]: as for `DiT.forward`.
+    Self Forcing. Each chunk of noise [B, T, C, h, w] stops after a random number of the steps at
+    times [N + 1]. The gradient goes through the last of them alone; what later chunks read of it
+    from the cache is a constant. first [B, F, C, h, w]: the clip goes on from these latents, at
+    most a window of them. actions [B, F + T]: see `DiT.forward`.
     """
-    c, given, more = (
-        model.config,
-        0 if first is None else first.shape[1],
-        lambda shape: normal(shape, generator).to(noise.device),
-    )
-    cache, keys, x0_hat = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text), []
+    k, given = model.config.chunk, 0 if first is None else first.shape[1]
+    renoise = noise_source(generator, noise.device)
+    cache, keys = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text)
     if given:
         remember_chunk(model, first, keys, cache, None if actions is None else actions[:, :given])
-    stops = torch.randint(
-        1, len(times), (-(-noise.shape[1] // c.chunk),), generator=generator
-    ).tolist()
-    acts = [None] * len(stops) if actions is None else actions[:, given:].split(c.chunk, dim=1)
-    for chunk, stop, act in zip(noise.split(c.chunk, dim=1), stops, acts):
-        x0_hat.append(denoise_chunk(model, chunk, times, keys, cache, more, stop=stop, actions=act))
+    chunks = noise.split(k, dim=1)
+    acts = [None] * len(chunks) if actions is None else actions[:, given:].split(k, dim=1)
+    stops = torch.randint(1, len(times), (len(chunks),), generator=generator).tolist()
+    x0_hat = []
+    for x, stop, act in zip(chunks, stops, acts, strict=True):
+        with torch.no_grad():
+            x = denoise_chunk(model, x, times[:stop], keys, cache, renoise, act)
+        x0_hat.append(predict_x0(model, x, times[stop - 1], keys, cache, act))
         remember_chunk(model, x0_hat[-1], keys, cache, act)
     return torch.cat(x0_hat, dim=1)
 
@@ -135,7 +135,9 @@ def main():
     student = load_model(DiT, args.student, args.device).train()
     averaged, schedule = copy.deepcopy(student).eval(), student.schedule
     attention = (
-        dict(chunk=teacher.config.chunk, window=teacher.config.window) if args.causal_scores else {}
+        {"chunk": teacher.config.chunk, "window": teacher.config.window}
+        if args.causal_scores
+        else {}
     )
     ema = EMA(student, 0.99)
     student_optimizer = adamw(student.parameters(), args.lr, betas=(0.0, 0.99))

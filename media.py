@@ -100,17 +100,17 @@ class FrameWriter:
         import imageio_ffmpeg
 
         options = {
-            ".mp4": dict(codec="libx264", quality=9, macro_block_size=2),
-            ".gif": dict(
-                codec="gif",
-                quality=None,
-                macro_block_size=1,
-                pix_fmt_out="pal8",  # a palette of its own for each frame
-                output_params=[
+            ".mp4": {"codec": "libx264", "quality": 9, "macro_block_size": 2},
+            ".gif": {
+                "codec": "gif",
+                "quality": None,
+                "macro_block_size": 1,
+                "pix_fmt_out": "pal8",  # a palette of its own for each frame
+                "output_params": [
                     "-vf",
                     "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none",
                 ],
-            ),
+            },
         }
         self.writer = imageio_ffmpeg.write_frames(
             self.temporary, (width, height), fps=FPS, ffmpeg_log_level="quiet", **options[self.kind]

@@ -98,7 +98,7 @@ def recover(video):
         shape = torch.full_like(colour, index)
         drawn = draw(colour, shape, background, *(v[:, None] for v in (x, y, radius, angle)))[:, 0]
         candidates.append((((drawn - frames) ** 2).sum((1, 2, 3)), shape, radius, angle, drawn))
-    errors, shapes, radii, angles, drawings = (torch.stack(c) for c in zip(*candidates))
+    errors, _shapes, radii, angles, drawings = (torch.stack(c) for c in zip(*candidates))
     best, n = errors.argmin(0), torch.arange(len(frames))
     return Recovered(
         *(
@@ -170,7 +170,7 @@ def fit_motions(found, shape):
     turning = lambda sign: torch.stack([ones + 0j, wave(sign)], dim=-1)
     norm = lambda c: c[..., 1:].abs().square().sum(-1).sqrt()
     room = SIZE / 2 - REACH * size - 1
-    reach = dict(least=0.6 * room.clamp(min=5), most=1.1 * room.clamp(min=5))
+    reach = {"least": 0.6 * room.clamp(min=5), "most": 1.1 * room.clamp(min=5)}
     upright = outline(torch.zeros_like(size))
 
     error = torch.zeros(len(x), len(MOTIONS))
@@ -242,12 +242,12 @@ def measure(video, clips, found=None):
     shape, colour = mode(found.shape, len(SHAPES)), mode(found.colour, len(COLOURS))
     error = fit_motions(found, shape)
     motion = torch.where(error.amin(1) < LOST**2, error.argmin(1), -1)
-    seen = dict(
-        colour=colour,
-        shape=shape,
-        background=mode(found.background, len(BACKGROUNDS)),
-        motion=motion,
-    )
+    seen = {
+        "colour": colour,
+        "shape": shape,
+        "background": mode(found.background, len(BACKGROUNDS)),
+        "motion": motion,
+    }
     visible = found.radius >= SMALLEST  # [B, F]
     right = {
         name: (seen[name] == getattr(clips, name))

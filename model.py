@@ -156,7 +156,7 @@ class DiT(nn.Module):
         """
         B, T, C, h, w = x_t.shape
         (pt, ph, pw), c = self.config.patch_size, self.config
-        if C != c.in_dim or T % pt or h % ph or w % pw:
+        if c.in_dim != C or T % pt or h % ph or w % pw:
             raise ValueError(
                 f"latents {tuple(x_t.shape)} need {c.in_dim} channels and sides divisible by the patch {c.patch_size}"
             )

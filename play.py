@@ -17,7 +17,15 @@ from nfd_world import ACTIONS
 from sample import check_out, denoise_chunk, remember_chunk
 from text import TextEncoder
 from vae import VAE
-from weights import UserError, choose_device, choose_dtype, load_model, run_main, shipped
+from weights import (
+    UserError,
+    choose_device,
+    choose_dtype,
+    device_flags,
+    load_model,
+    run_main,
+    shipped,
+)
 
 NAMES = list(ACTIONS)
 LOOKS, PROMPT = "a red circle on a black background", "a red circle bouncing on a black background"
@@ -154,8 +162,7 @@ def main():
     add("--weights", default=shipped("player"))
     add("--vae", default=shipped("vae_frame"))
     add("--text-encoder", default=shipped("text_encoder"))
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    device_flags(parser)
     args = parser.parse_args()
     if not args.looks.strip():
         raise UserError(f'--looks is empty; try "{LOOKS}"')

@@ -17,43 +17,56 @@ import torch
 from tqdm import tqdm
 
 from data import FPS, FRAMES, SIZE
-from diffusion import TEACHER_STEPS, guided_v, normal, solve_ode, with_null
+from diffusion import TEACHER_STEPS, guided_v, noise_source, solve_ode, with_null
 from media import FrameWriter, read_image, read_prompts, read_video
 from model import DiT
 from text import TextEncoder
 from vae import VAE
-from weights import UserError, choose_device, choose_dtype, load_model, run_main, shipped
+from weights import (
+    UserError,
+    choose_device,
+    choose_dtype,
+    device_flags,
+    load_model,
+    run_main,
+    shipped,
+)
 
-# -------------------------------------------------------------------------------------------- few steps, causal, cached
+
+# -------------------------------------------------------------------------------- chunk by chunk
+def predict_x0(model, x_t, t, keys, cache, actions=None):
+    """Predict a chunk's x0 from its state x_t [B, k, C, h, w] at time t, conditioned on the cache."""
+    at = torch.full(x_t.shape[:2], float(t), device=x_t.device)
+    attention = {"chunk": cache.chunk, "window": cache.window, "cache": cache, "actions": actions}
+    return model.schedule.x0(x_t, model(x_t, at, keys, **attention), t)
 
 
-def denoise_chunk(model, x, times, keys, cache, noise, guidance=None, stop=None, actions=None):
-    """One chunk of Algorithm 2: from noise x [B, k, C, h, w] at the few-step times [N + 1], which end in 0, to x0, the chunk's latents.
+def denoise_chunk(model, x, times, keys, cache, noise, actions=None):
+    """Denoise one chunk in few steps (Algorithm 2): from x [B, k, C, h, w] at times[0] to its state
+    at times[-1], which is x0 where the times end in 0.
 
-    noise(shape): draws the noise between the steps. actions: as for `DiT.forward`. guidance: solve the ODE instead, in many steps (the
-    causal many-step teacher), with classifier-free guidance; unless it is 1, keys and cache are then for 2 B, the prompts and as many
-    null prompts. stop: end after so many steps, only the last with gradient (Self Forcing).
+    keys: the prompt's; noise(shape): draws the noise between the steps; actions: see `DiT.forward`.
     """
-    schedule, last, trained = (
-        model.schedule,
-        len(times) - 2 if stop is None else stop - 1,
-        torch.is_grad_enabled(),
-    )
-    attention = dict(chunk=cache.chunk, window=cache.window, cache=cache, actions=actions)
-    for step, (t, r) in enumerate(zip(times[: last + 1], times[1:])):
+    for t, r in itertools.pairwise(times):
+        x = predict_x0(model, x, t, keys, cache, actions)
+        if r > 0:
+            x = model.schedule.add_noise(x, noise(x.shape), r)  # re-noise to the next time
+    return x
+
+
+def solve_chunk(model, x, times, keys, cache, guidance, actions=None):
+    """Denoise one chunk along the guided ODE: the causal many-step model, which was not distilled.
+
+    keys and cache are for 2 B, the prompts and as many null prompts; at guidance 1 for B.
+    """
+    attention = {"chunk": cache.chunk, "window": cache.window, "cache": cache, "actions": actions}
+    for t, r in itertools.pairwise(times):
         at = torch.full(x.shape[:2], float(t), device=x.device)
-        with torch.set_grad_enabled(trained and step == last):
-            if guidance is not None:
-                v = (
-                    model(x, at, keys, **attention)
-                    if guidance == 1
-                    else guided_v(model, x, at, keys, guidance, **attention)
-                )
-                x = schedule.step(x, v, t, r)
-                continue
-            x = schedule.x0(x, model(x, at, keys, **attention), t)
-            if step < last:
-                x = schedule.add_noise(x, noise(x.shape), r)  # re-noise to the next time
+        if guidance == 1:
+            v = model(x, at, keys, **attention)
+        else:
+            v = guided_v(model, x, at, keys, guidance, **attention)
+        x = model.schedule.step(x, v, t, r)
     return x
 
 
@@ -86,8 +99,8 @@ def stream(
     """Video in constant memory, without end: yields (latents [B, k, C, h, w], video [B, F, 3, H, W]) chunk by chunk.
 
     text: embedded prompts [B, S, text_dim], or a function from the number of frames made so far to them, asked before each
-    chunk: a new prompt steers the video that is running. generator: see `normal`. window: chunks attended to, the model's own by
-    default. guidance: as for `denoise_chunk`, for a causal model that was not distilled.
+    chunk: a new prompt steers the video that is running. generator: see `noise_source`. window: chunks attended to, the model's own by
+    default. guidance: as for `solve_chunk`.
 
     The first chunk has 1 + 4 (k - 1) frames, each further one 4 k. size: (H, W). image [B, 3, H, W]: the first chunk is the image alone,
     clean. video: an iterator of `pieces`, one for each chunk; each is encoded, noised to t = strength, and denoised from
@@ -95,10 +108,8 @@ def stream(
     actions: a function from the number of frames made so far to the actions [B, k] of the next chunk (NFD, where k = 1).
     """
     c, schedule, (h, w) = model.config, model.schedule, (side // 8 for side in size)
-    prompt, noise = (
-        text if callable(text) else lambda frames: text,
-        lambda shape: normal(shape, generator).to(now.device),
-    )
+    prompt = text if callable(text) else lambda frames: text
+    noise = noise_source(generator, model.patch_embedding.weight.device)
     times, frames, shown, encoder_state, decoder_state = (
         schedule.timesteps(steps, strength),
         0,
@@ -129,7 +140,10 @@ def stream(
                     encoder_state,
                 )
                 x = schedule.add_noise(source, x[:, : source.shape[1]], times[0])
-            x0 = denoise_chunk(model, x, times, keys, cache, noise, guidance, actions=acts)
+            if guidance is None:
+                x0 = denoise_chunk(model, x, times, keys, cache, noise, acts)
+            else:
+                x0 = solve_chunk(model, x, times, keys, cache, guidance, acts)
         made = vae.decode(x0, decoder_state)
         yield x0, made[:, : piece.shape[1]] if video is not None else made
         remember_chunk(model, x0, keys, cache, acts)  # after the viewer has seen it
@@ -195,8 +209,7 @@ def parse_args():
     )
     add("--vae", default=shipped("vae"))
     add("--text-encoder", default=shipped("text_encoder"))
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    device_flags(parser)
     args = parser.parse_args()
 
     example = 'try --prompt "a red circle bouncing on a black background"'
@@ -298,7 +311,7 @@ def videos(args, model, vae, text, generator, **steering):
         return stream(model, vae, text, generator, args.steps or 4, args.window, **steering)
     shape = (len(text), 1 + -(-(args.frames - 1) // 4), model.config.in_dim, SIZE // 8, SIZE // 8)
     x0 = solve_ode(
-        model, normal(shape, generator).to(text.device), text, args.steps or TEACHER_STEPS
+        model, noise_source(generator, text.device)(shape), text, args.steps or TEACHER_STEPS
     )[-1]
     return iter([(x0, vae.decode(x0))])
 
@@ -325,14 +338,14 @@ def sample_one(args, model, vae, encoder):
     """The video of --prompt, steered by --prompt-at, --image and --video, into --out."""
     steering, total = {}, args.frames
     if args.image:
-        steering = dict(image=read_image(args.image))
+        steering = {"image": read_image(args.image)}
     if args.video:
         frames, length = read_video(args.video)
         steering, total = (
-            dict(
-                video=pieces(frames, model.config.chunk, vae.config.time_stride),
-                strength=args.strength,
-            ),
+            {
+                "video": pieces(frames, model.config.chunk, vae.config.time_stride),
+                "strength": args.strength,
+            },
             min(total or length, length),
         )
     started = time.perf_counter()

@@ -17,7 +17,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from weights import ROOT, UserError, choose_device, choose_dtype, provenance
+from weights import ROOT, UserError, choose_device, choose_dtype, device_flags, provenance
 
 
 def write_results(out, result, text):
@@ -76,8 +76,7 @@ def training_parser(description, steps, batch_size, lr, out):
         default=math.inf,
         help="stop after so many minutes; --resume goes on",
     )
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    device_flags(parser)
     add(
         "--compile",
         action="store_true",

@@ -16,15 +16,16 @@ def posterior_mean(schedule, mean, std, t):
     """E[x0 | x_t] of data N(mean, std^2)."""
 
     def x0(x_t):
-        alpha, sigma, _, _ = schedule._coefficients(t, x_t)
+        sigma = t.reshape(*t.shape, *[1] * (x_t.ndim - t.ndim))
+        alpha = 1 - sigma
         return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * mean)
 
     return x0
 
 
-@pytest.mark.parametrize("schedule", [Schedule(), Schedule("cosine")])
 @pytest.mark.parametrize("time", [0.3, 0.7, 0.95])
-def test_gradient_is_the_kl_gradient_up_to_the_documented_weighting(schedule, time):
+def test_gradient_is_the_kl_gradient_up_to_the_documented_weighting(time):
+    schedule = Schedule()
     g = torch.Generator().manual_seed(0)
     a, b = (
         torch.tensor(1.2, dtype=torch.float64, requires_grad=True),
@@ -41,7 +42,7 @@ def test_gradient_is_the_kl_gradient_up_to_the_documented_weighting(schedule, ti
         t,
         eps,
     )
-    alpha, sigma, _, _ = schedule._coefficients(t[0, 0], torch.zeros((), dtype=torch.float64))
+    alpha, sigma = 1 - time, torch.tensor(time, dtype=torch.float64)
     # KL between the noised Gaussians, N(alpha b, alpha^2 a^2 + sigma^2) and N(alpha MEAN, alpha^2 STD^2 + sigma^2)
     noised = lambda mean, std: torch.distributions.Normal(
         alpha * mean, (alpha**2 * std**2 + sigma**2).sqrt()
@@ -88,7 +89,8 @@ def test_training_brings_mean_and_variance_to_the_data():
             fake_optimizer,
             (fake(schedule.add_noise(x0, torch.randn_like(x0), t)) - x0).square().mean(),
         )
-    assert b.item() == pytest.approx(MEAN, abs=0.1) and abs(a.item()) == pytest.approx(STD, abs=0.1)
+    assert b.item() == pytest.approx(MEAN, abs=0.1)
+    assert abs(a.item()) == pytest.approx(STD, abs=0.1)
 
 
 def networks():
@@ -124,14 +126,16 @@ def test_gradients_reach_the_student_alone_and_the_fake_step_the_fake_score_alon
 
 def test_one_time_per_clip_and_clean_chunks_stay_as_they_are():
     t = clip_times(50, 6, Schedule(shift=3.0), torch.Generator().manual_seed(0), "cpu")
-    assert (t == t[:, :1]).all() and t.std() > 0.1 and 0 < t.min() and t.max() < 1
+    assert (t == t[:, :1]).all()
+    assert t.std() > 0.1
+    assert t.min() > 0
+    assert t.max() < 1
     _, _, student = networks()
     x0 = torch.randn(40, 6, 8, 8, 8)
     x0_hat = student_x0(student, x0, torch.randn(40, 16, 64), torch.Generator().manual_seed(0))
     kept = (x0_hat == x0).flatten(2).all(2)
-    assert 0.1 < kept.float().mean() < 0.3 and torch.equal(
-        kept[:, 0], kept[:, 2]
-    )  # one chunk in five is clean context
+    assert 0.1 < kept.float().mean() < 0.3
+    assert torch.equal(kept[:, 0], kept[:, 2])
 
 
 def test_a_rollout_is_what_the_student_samples_where_no_chunk_stops_early(monkeypatch):
@@ -170,7 +174,8 @@ def test_a_rollout_takes_the_gradient_through_one_step_of_each_chunk_and_not_thr
     x0_hat = rollout(
         student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0)
     )
-    assert sum(calls) == 3 and len(calls) > 6
+    assert sum(calls) == 3
+    assert len(calls) > 6
     x0_hat[:, 6:].square().sum().backward()
     assert not noise.grad[:, :6].any()
     assert any(p.grad is not None and p.grad.any() for p in student.parameters())

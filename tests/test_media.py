@@ -22,7 +22,7 @@ def picture(height, width, channels, dtype):
 
 
 @pytest.mark.parametrize(
-    "shape, dtype",
+    ("shape", "dtype"),
     [
         ((64, 64, 3), "uint8"),
         ((65, 91, 3), "uint8"),
@@ -36,16 +36,18 @@ def test_any_picture_is_read(tmp_path, shape, dtype):
     path = str(tmp_path / "a.png")
     iio.imwrite(path, picture(*shape, dtype))
     image = read_image(path)
-    assert image.shape == (1, 3, 64, 64) and image.min() >= -1 and image.max() <= 1
-    assert (image[..., :20] > 0.95).all() and (
-        image[..., -20:] < -0.95
-    ).all()  # nothing is turned round, scaled wrong or stretched
+    assert image.shape == (1, 3, 64, 64)
+    assert image.min() >= -1
+    assert image.max() <= 1
+    assert (image[..., :20] > 0.95).all()
+    assert (image[..., -20:] < -0.95).all()
 
 
 def test_what_is_transparent_becomes_black():
     image = np.full((64, 64, 4), 255, "uint8")
     image[:32, :, 3] = 0
-    assert (fit(image, 64)[:, :32] == -1).all() and (fit(image, 64)[:, 32:] == 1).all()
+    assert (fit(image, 64)[:, :32] == -1).all()
+    assert (fit(image, 64)[:, 32:] == 1).all()
 
 
 def test_a_video_of_any_size_and_rate_is_read_at_16_frames_a_second(tmp_path, capsys):
@@ -57,7 +59,8 @@ def test_a_video_of_any_size_and_rate_is_read_at_16_frames_a_second(tmp_path, ca
             out.append_data(picture(51, 75, 3, "uint8"))
     frames, about = read_video(path)
     frames = list(frames)
-    assert about == len(frames) == 32 and "75 x 51 at 30" in capsys.readouterr().out
+    assert about == len(frames) == 32
+    assert "75 x 51 at 30" in capsys.readouterr().out
     assert all(
         frame.shape == (3, 64, 64)
         and frame[:, :, :20].min() > 0.8
@@ -94,11 +97,12 @@ def test_a_run_that_fails_midway_leaves_no_half_written_file(tmp_path, name):
     with pytest.raises(RuntimeError), FrameWriter(str(tmp_path / name), 32) as out:
         out.write(torch.zeros(16, 3, 64, 64))
         raise RuntimeError("out of memory")
-    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"there before"
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == b"there before"
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    ("name", "words"),
     [("a.mp4", "is the disk full"), ("a.gif", "is the disk full"), ("a.png", "File too large")],
 )
 def test_a_full_disk_is_named_and_damages_nothing(tmp_path, name, words, capfd):
@@ -120,7 +124,8 @@ def test_a_full_disk_is_named_and_damages_nothing(tmp_path, name, words, capfd):
         del out
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"there before"
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == b"there before"
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -133,10 +138,8 @@ def test_a_file_grows_as_it_is_made(tmp_path, name):
         ):
             out.write(part)
             sizes.append(os.path.getsize(out.temporary))
-    assert (
-        0 < sizes[1] < sizes[2] < sizes[3]
-        and len(iio.mimread(tmp_path / name, memtest=False)) == 400
-    )
+    assert 0 < sizes[1] < sizes[2] < sizes[3]
+    assert len(iio.mimread(tmp_path / name, memtest=False)) == 400
 
 
 def test_a_gif_plays_at_16_frames_a_second_and_its_colours_are_exact(tmp_path):
@@ -150,7 +153,8 @@ def test_a_gif_plays_at_16_frames_a_second_and_its_colours_are_exact(tmp_path):
     )
     with Image.open(tmp_path / "a.gif") as image:
         durations = [image.seek(i) or image.info["duration"] for i in range(16)]
-        assert abs(sum(durations) - 1000) <= 10 and image.info["loop"] == 0
+        assert abs(sum(durations) - 1000) <= 10
+        assert image.info["loop"] == 0
 
 
 def test_a_video_that_ffmpeg_could_not_finish_is_noticed(tmp_path):

@@ -11,11 +11,9 @@ def test_recovery_finds_what_was_drawn():
     found, (x, y, radius, _) = recover(video), clips.track(torch.arange(81) / 16)
     for name in ("colour", "shape", "background"):
         assert (getattr(found, name) == getattr(clips, name)[:, None]).all()
-    assert (
-        (found.x - x).abs().max() < 0.1
-        and (found.y - y).abs().max() < 0.1
-        and (found.radius - radius).abs().max() < 0.2
-    )
+    assert (found.x - x).abs().max() < 0.1
+    assert (found.y - y).abs().max() < 0.1
+    assert (found.radius - radius).abs().max() < 0.2
     assert (found.video - video).abs().mean() < 0.003
 
 
@@ -23,9 +21,8 @@ def test_the_law_of_the_right_motion_fits_best():
     clips = sample_clips(48, torch.Generator().manual_seed(3), "all")
     found = recover(clips.render())
     error = fit_motions(found, clips.shape)
-    assert (error.argmin(1) == clips.motion).all() and error.amin(
-        1
-    ).sqrt().max() < 1  # pixels from the law
+    assert (error.argmin(1) == clips.motion).all()
+    assert error.amin(1).sqrt().max() < 1
 
 
 def test_real_walks_obey_their_actions_and_others_do_not():
@@ -39,10 +36,8 @@ def test_real_walks_obey_their_actions_and_others_do_not():
         found, walks.actions.roll(1, 1)
     )  # a delay of one frame shows where actions change
     assert late.float().mean() < 0.9
-    assert (
-        frame_quality(video, found).mean() > 0.98
-        and frame_quality(video + 0.3 * torch.randn_like(video), found).mean() < 0.7
-    )
+    assert frame_quality(video, found).mean() > 0.98
+    assert frame_quality(video + 0.3 * torch.randn_like(video), found).mean() < 0.7
 
 
 def held_to_the_right(x, radius):

@@ -30,10 +30,11 @@ def test_trajectories_start_in_the_noise_and_end_where_the_solver_ends():
     model, encoder = tiny(), TextEncoder()
     states, prompts = make_trajectories(model, encoder, 4, 8, (6, 8, 8, 8), "cpu", batch=2)
     again, _ = make_trajectories(model, encoder, 4, 8, (6, 8, 8, 8), "cpu", batch=2)
-    assert states.shape == (4, 5, 6, 8, 8, 8) and len(prompts) == 4 and torch.equal(states, again)
-    assert abs(states[:, 0].float().std().item() - 1) < 0.05 and not torch.allclose(
-        states[:, 0], states[:, -1]
-    )
+    assert states.shape == (4, 5, 6, 8, 8, 8)
+    assert len(prompts) == 4
+    assert torch.equal(states, again)
+    assert abs(states[:, 0].float().std().item() - 1) < 0.05
+    assert not torch.allclose(states[:, 0], states[:, -1])
 
 
 def test_target_is_the_trajectory_own_end():
@@ -46,7 +47,8 @@ def test_target_is_the_trajectory_own_end():
         error = 0.0
 
         def __call__(self, x_t, t, text, chunk, window):
-            assert chunk == 3 and window == 4
+            assert chunk == 3
+            assert window == 4
             self.seen = x_t, t
             v = (x_t - states[:, -1] - self.error) / t[:, :, None, None, None].clamp(min=1e-9)
             return torch.where(t[:, :, None, None, None] > 0, v, 0)
@@ -62,11 +64,14 @@ def test_target_is_the_trajectory_own_end():
     for b in range(2):
         for f in range(6):
             level = (times - t[b, f]).abs().argmin()
-            assert times[level] == t[b, f] and torch.equal(x_t[b, f], states[b, level, f])
+            assert times[level] == t[b, f]
+            assert torch.equal(x_t[b, f], states[b, level, f])
 
 
 def test_levels_are_one_per_chunk_independent_and_include_clean():
     levels = chunk_levels(500, 7, 3, 5, torch.Generator().manual_seed(0))
-    assert levels.shape == (500, 7) and set(levels.flatten().tolist()) == {0, 1, 2, 3, 4}
-    assert (levels[:, 0] == levels[:, 2]).all() and (levels[:, 3] == levels[:, 5]).all()
+    assert levels.shape == (500, 7)
+    assert set(levels.flatten().tolist()) == {0, 1, 2, 3, 4}
+    assert (levels[:, 0] == levels[:, 2]).all()
+    assert (levels[:, 3] == levels[:, 5]).all()
     assert 0.1 < (levels[:, 0] == levels[:, 3]).float().mean() < 0.3

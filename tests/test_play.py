@@ -65,7 +65,8 @@ def test_without_speculation_a_player_shows_what_the_stream_makes():
     player = world(1)
     for action, (_, video) in zip(actions, streamed):
         assert (player.step(action) - video[0, 0]).abs().max() < 1e-10
-    assert player.made == player.blocks == len(actions) and player.dropped == 0
+    assert player.made == player.blocks == len(actions)
+    assert player.dropped == 0
 
 
 def test_a_guess_that_holds_makes_frames_ahead_and_one_that_fails_drops_them():
@@ -75,8 +76,10 @@ def test_a_guess_that_holds_makes_frames_ahead_and_one_that_fails_drops_them():
     before = player.blocks
     for _ in range(40):
         player.step(RIGHT)
-    assert player.blocks - before <= 11 and player.dropped == 0 and player.guesses() == 4
-    assert player.ahead or player.step(RIGHT) is not None and player.ahead
+    assert player.blocks - before <= 11
+    assert player.dropped == 0
+    assert player.guesses() == 4
+    assert player.ahead or (player.step(RIGHT) is not None and player.ahead)
     ahead = len(player.ahead)
     player.step(UP)
     assert player.dropped == ahead > 0
@@ -86,7 +89,7 @@ def test_after_a_rejection_cache_and_random_state_are_bit_for_bit_as_if_nothing_
     speculated, plain = world(4), world(4)
     actions = [RIGHT] * 25 + [UP] * 2 + [RIGHT]
     speculated.guesses = lambda: 4
-    shown, begun = [], 0
+    shown = []
     for action in actions:
         if (
             action != speculated.action or not speculated.ahead
@@ -94,7 +97,8 @@ def test_after_a_rejection_cache_and_random_state_are_bit_for_bit_as_if_nothing_
             shown.append(0)
         speculated.step(action)
         shown[-1] += 1
-    assert speculated.dropped > 0 and max(shown) == 4
+    assert speculated.dropped > 0
+    assert max(shown) == 4
     counts = iter(shown)
     plain.guesses = lambda: next(
         counts
@@ -118,12 +122,10 @@ def test_guesses_follow_how_often_an_action_stays():
         always.step(RIGHT)
         never.step(RIGHT if frame % 2 else UP)
         sometimes.step(frame // 2 % 5)
-    assert (
-        always.guesses() == 8
-        and never.guesses() == 1
-        and never.made == 60
-        and 1 < sometimes.guesses() < 8
-    )
+    assert always.guesses() == 8
+    assert never.guesses() == 1
+    assert never.made == 60
+    assert 1 < sometimes.guesses() < 8
 
 
 def test_an_action_controls_exactly_the_next_frame():
@@ -152,15 +154,13 @@ def tiny(tmp_path_factory):
 def test_plays_a_script_into_a_video(tiny, command_line):
     status, out, err = command_line(play, "--actions", "right*20,up*10,none*5", *tiny[1])
     assert status == 0, err
-    assert (
-        iio.imread("play.mp4").shape == (35, 64, 64, 3)
-        and "35 frames" in out
-        and os.listdir() == ["play.mp4"]
-    )
+    assert iio.imread("play.mp4").shape == (35, 64, 64, 3)
+    assert "35 frames" in out
+    assert os.listdir() == ["play.mp4"]
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [
         (["--actions", "jump"], "cannot read 'jump'"),
         (["--actions", "up", "--out", "a.avi"], "must end in"),
@@ -172,9 +172,10 @@ def test_plays_a_script_into_a_video(tiny, command_line):
 )
 def test_bad_input_ends_in_one_clear_line(tiny, command_line, flags, message):
     status, _, err = command_line(play, *(tiny[1] if "--weights" not in flags else []), *flags)
-    assert (
-        status == 2 and message in err and len(err.strip().splitlines()) == 1 and not os.listdir()
-    )
+    assert status == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not os.listdir()
 
 
 def test_a_text_model_is_not_one_to_play_with(tiny, command_line, tmp_path):
@@ -189,7 +190,8 @@ def test_a_text_model_is_not_one_to_play_with(tiny, command_line, tmp_path):
         "--weights",
         "text.safetensors",
     )
-    assert status == 2 and "not an action model" in err
+    assert status == 2
+    assert "not an action model" in err
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -238,18 +240,16 @@ def test_the_page_shows_frames_and_takes_actions_and_prompts(page):
     assert b"<img" in ask(port, "GET", "/")[1]
     jpeg = watch(port, 2).split(b"\r\n\r\n")[2].split(b"\r\n--frame")[0]
     assert iio.imread(jpeg, extension=".jpg").shape == (256, 256, 3)
-    assert (
-        ask(port, "POST", "/steer", json.dumps({"action": "left"}))[0] == 200
-        and show.action == "left"
-    )
+    assert ask(port, "POST", "/steer", json.dumps({"action": "left"}))[0] == 200
+    assert show.action == "left"
     assert ask(port, "POST", "/steer", json.dumps({"prompt": "a blue star"}))[0] == 200
     watch(port, 5)
     state = json.loads(ask(port, "GET", "/state")[1])
-    assert state["mode"] == "text" and state["prompt"] == "a blue star" and state["frame"] >= 5
-    assert (
-        ask(port, "POST", "/steer", json.dumps({"looks": "a red star"}))[0] == 200
-        and show.state()["mode"] == "play"
-    )
+    assert state["mode"] == "text"
+    assert state["prompt"] == "a blue star"
+    assert state["frame"] >= 5
+    assert ask(port, "POST", "/steer", json.dumps({"looks": "a red star"}))[0] == 200
+    assert show.state()["mode"] == "play"
 
 
 def test_several_tabs_see_the_same_frames_and_nothing_runs_when_all_are_closed(page):
@@ -259,7 +259,8 @@ def test_several_tabs_see_the_same_frames_and_nothing_runs_when_all_are_closed(p
         tab.start()
     for tab in tabs:
         tab.join(timeout=30)
-    assert not any(tab.is_alive() for tab in tabs) and until(lambda: show.viewers == 0)
+    assert not any(tab.is_alive() for tab in tabs)
+    assert until(lambda: show.viewers == 0)
     time.sleep(0.3)
     number = show.number
     time.sleep(0.3)
@@ -297,18 +298,18 @@ def test_junk_is_refused_and_harms_nothing(page):
         b"\xff\xfe",
     ):
         assert ask(port, "POST", "/steer", body)[0] == 400
-    assert (
-        ask(port, "POST", "/other", "{}")[0] == 400
-        and ask(port, "GET", "/../play.py")[0] == 404
-        and ask(port, "PUT", "/")[0] == 501
-    )
+    assert ask(port, "POST", "/other", "{}")[0] == 400
+    assert ask(port, "GET", "/../play.py")[0] == 404
+    assert ask(port, "PUT", "/")[0] == 501
     assert ask(port, "GET", "/", Host="example.com")[0] == 403
     with socket.create_connection(("127.0.0.1", port)) as junk:
         junk.sendall(b"\x00\xff nonsense\r\n\r\n")
         junk.recv(1000)
-    assert show.state()["action"] == "none" and watch(port, 2)
+    assert show.state()["action"] == "none"
+    assert watch(port, 2)
 
 
 def test_a_port_that_is_taken_is_named(page, tiny, command_line):
     status, _, err = command_line(play, "--port", page[0], *tiny[1])
-    assert status == 2 and "choose another with --port" in err
+    assert status == 2
+    assert "choose another with --port" in err

@@ -22,7 +22,8 @@ def test_every_function_in_the_paper_to_code_table_exists():
 
 def test_pictures_exist_and_are_small():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
-    assert pictures and all(os.path.getsize(os.path.join(ROOT, path)) < 2**20 for path in pictures)
+    assert pictures
+    assert all(os.path.getsize(os.path.join(ROOT, path)) < 2**20 for path in pictures)
 
 
 def test_tables_are_those_of_the_results():
@@ -54,10 +55,8 @@ def test_the_readme_is_short_and_its_line_counts_are_right():
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    assert (
-        "python -m pytest -q" in README
-        and "python -m pytest -q" in open(os.path.join(ROOT, ".ci", "run")).read()
-    )
+    assert "python -m pytest -q" in README
+    assert "python -m pytest -q" in open(os.path.join(ROOT, ".ci", "run")).read()
 
 
 def test_weights_are_small_and_say_where_they_come_from():
@@ -102,7 +101,8 @@ def shelves():
 def test_a_module_imports_from_its_shelf_only_what_stands_above_it():
     modules = [module for shelf in shelves() for module in shelf]
     files = {os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, "*.py"))}
-    assert set(modules) == files and len(modules) == len(files)
+    assert set(modules) == files
+    assert len(modules) == len(files)
     for shelf in shelves():
         for place, module in enumerate(shelf):
             with open(os.path.join(ROOT, f"{module}.py"), encoding="utf-8") as file:

@@ -49,7 +49,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, seconds, frames",
+    ("name", "seconds", "frames"),
     [("a.mp4", 5, 80), ("b.gif", 0.5, 8), ("c.mp4", 20, 320), ("e.mp4", 0.01, 1)],
 )
 def test_writes_a_video_that_reads_back(tiny, command_line, tmp_path, name, seconds, frames):
@@ -58,8 +58,11 @@ def test_writes_a_video_that_reads_back(tiny, command_line, tmp_path, name, seco
     )
     assert status == 0, err
     video = iio.imread(tmp_path / name)
-    assert video.shape == (frames, 64, 64, 3) and os.listdir(tmp_path) == [name]
-    assert "frames/s" in out and "first frame after" in out and "%" in err
+    assert video.shape == (frames, 64, 64, 3)
+    assert os.listdir(tmp_path) == [name]
+    assert "frames/s" in out
+    assert "first frame after" in out
+    assert "%" in err
 
 
 def test_writes_a_sheet_and_samples_the_teacher(tiny, command_line, tmp_path):
@@ -67,9 +70,8 @@ def test_writes_a_sheet_and_samples_the_teacher(tiny, command_line, tmp_path):
         sample, "--prompt", PROMPT, "--out", "sheet.png", "--teacher", "--steps", 2, *tiny[1]
     )
     assert status == 0, err
-    assert iio.imread(tmp_path / "sheet.png").shape == (2 * 66, 8 * 66, 3) and os.listdir(
-        tmp_path
-    ) == ["sheet.png"]
+    assert iio.imread(tmp_path / "sheet.png").shape == (2 * 66, 8 * 66, 3)
+    assert os.listdir(tmp_path) == ["sheet.png"]
 
 
 def test_shipped_weights_make_a_video(tmp_path):
@@ -142,11 +144,11 @@ def test_bad_input_ends_in_one_clear_line_and_status_2(tiny, command_line, tmp_p
             sample, "--prompt", PROMPT, "--out", "a.mp4", *tiny[1], *arguments
         )
         lines = [line for line in err.splitlines() if "error:" in line]
-        assert status == 2 and len(lines) == 1 and words in lines[0], (arguments, err)
-        assert (
-            os.listdir(tmp_path) == ["a.mp4"]
-            and (tmp_path / "a.mp4").read_bytes() == b"there before"
-        )
+        assert status == 2, (arguments, err)
+        assert len(lines) == 1, (arguments, err)
+        assert words in lines[0], (arguments, err)
+        assert os.listdir(tmp_path) == ["a.mp4"]
+        assert (tmp_path / "a.mp4").read_bytes() == b"there before"
 
 
 def parts():
@@ -164,9 +166,8 @@ def latents(seed, chunks, **options):
 
 
 def test_same_seed_same_latents_bit_for_bit():
-    assert torch.equal(latents(0, 6), latents(0, 6)) and not torch.equal(
-        latents(0, 2), latents(1, 2)
-    )
+    assert torch.equal(latents(0, 6), latents(0, 6))
+    assert not torch.equal(latents(0, 2), latents(1, 2))
     assert torch.equal(
         latents(0, 6)[:, :9], latents(0, 3)
     )  # a longer video begins as the shorter one
@@ -174,15 +175,15 @@ def test_same_seed_same_latents_bit_for_bit():
 
 def test_a_stream_is_algorithm_2_chunk_by_chunk():
     """The stream equals Algorithm 2 written with a full block-causal forward over all latents so far, and no cache."""
-    model, vae, text = parts()
+    model, _vae, text = parts()
     streamed, g, past = (
         latents(0, 6, window=3),
         torch.Generator().manual_seed(0),
         torch.zeros(1, 0, 8, 8, 8),
     )
-    for chunk in range(6):
+    for _chunk in range(6):
         x, times = torch.randn(1, 3, 8, 8, 8, generator=g), model.schedule.timesteps(4)
-        for t, r in zip(times[:-1], times[1:]):
+        for t, r in itertools.pairwise(times):
             t_all = torch.cat([torch.zeros(1, past.shape[1]), torch.full((1, 3), float(t))], dim=1)
             with torch.no_grad():
                 v = model(torch.cat([past, x], dim=1), t_all, text, chunk=3, window=3)[:, -3:]
@@ -202,14 +203,16 @@ def test_memory_and_frames_of_a_stream():
     with torch.no_grad():
         for _ in range(5):
             remember_chunk(model, torch.randn(1, 3, 8, 8, 8), model.text_keys(text), cache)
-            assert cache.frames <= 3 and cache.k.numel() + cache.v.numel() == size
+            assert cache.frames <= 3
+            assert cache.k.numel() + cache.v.numel() == size
 
 
 def test_solver_guides_from_the_null_prompt():
     model, _, text = parts()
     noise = torch.randn(1, 3, 8, 8, 8)
     states = solve_ode(model, noise, text, steps=4, guidance=1.0)
-    assert torch.equal(states[0], noise) and len(states) == 5
+    assert torch.equal(states[0], noise)
+    assert len(states) == 5
     with torch.no_grad():
         v = model(noise, torch.ones(1, 3), text)
     assert torch.allclose(
@@ -250,7 +253,8 @@ def test_strength_0_reconstructs_the_video_and_strength_1_ignores_it():
         latents = vae.encode(film()[None])
         expected = vae.decode(latents)
     x, made = steered(99, video=pieces(film(), 3), strength=0.0)
-    assert (x - latents).abs().max() < 1e-5 and (made - expected).abs().max() < 1e-5
+    assert (x - latents).abs().max() < 1e-5
+    assert (made - expected).abs().max() < 1e-5
     assert torch.equal(steered(4, video=pieces(film(), 3), strength=1.0)[0], steered(4)[0])
     between = steered(99, video=pieces(film(), 3), strength=0.3)[0]
     assert 0.01 < (between - latents).abs().mean() < (steered(4)[0][:, :12] - latents).abs().mean()
@@ -283,7 +287,9 @@ def test_the_first_frame_is_the_image_and_the_rest_follow_from_it():
     with torch.no_grad():
         expected = vae.decode(vae.encode(image[None]))
     x, made = steered(4, image=image)
-    assert x.shape[1] == 10 and made.shape[1] == 37 and torch.equal(made[:, :1], expected)
+    assert x.shape[1] == 10
+    assert made.shape[1] == 37
+    assert torch.equal(made[:, :1], expected)
     assert not torch.allclose(
         x[:, 1:], steered(4, image=-image)[0][:, 1:]
     )  # the image is seen by what comes after
@@ -297,11 +303,11 @@ def test_a_new_prompt_takes_effect_at_the_next_chunk_and_its_keys_are_made_once(
     changed = steered(
         6, text=lambda frames: asked.append(frames) or (text if frames < 20 else other)
     )[0]
-    assert asked == [0, 9, 21, 33, 45, 57] and len(made) == 2
+    assert asked == [0, 9, 21, 33, 45, 57]
+    assert len(made) == 2
     same = steered(6)[0]
-    assert torch.equal(changed[:, :6], same[:, :6]) and not torch.allclose(
-        changed[:, 6:9], same[:, 6:9]
-    )
+    assert torch.equal(changed[:, :6], same[:, :6])
+    assert not torch.allclose(changed[:, 6:9], same[:, 6:9])
 
 
 def test_each_video_of_a_batch_is_what_it_is_alone():
@@ -352,11 +358,10 @@ def farthest(found, x, y):
 def test_the_object_of_an_image_is_kept_and_moves_as_the_prompt_says(streamed):
     clips = some_clips([SLIDE, RISE, PULSE], colour=2)
     image = clips.render(0, 1)[:, 0]
-    video, found = streamed([clips.prompts()], image=image)
+    _video, found = streamed([clips.prompts()], image=image)
     shown = recover(image[:, None])
-    assert (found.x[:, 0] - shown.x[:, 0]).abs().max() < 0.5 and (
-        found.y[:, 0] - shown.y[:, 0]
-    ).abs().max() < 0.5
+    assert (found.x[:, 0] - shown.x[:, 0]).abs().max() < 0.5
+    assert (found.y[:, 0] - shown.y[:, 0]).abs().max() < 0.5
     for name in ("colour", "shape", "background"):
         assert (getattr(found, name) == getattr(shown, name)).float().mean() > 0.95
     assert (fit_motions(found, clips.shape).argmin(1) == clips.motion).float().mean() > 0.7
@@ -374,10 +379,10 @@ def test_between_the_strengths_the_motion_of_a_video_stays_and_the_colour_is_the
     x, y, _, _ = clips.track(torch.arange(81) / 16)
     followed = streamed([painted.prompts()], video=iter(parts), strength=0.7)[1]
     alone = streamed([painted.prompts()])[1]
-    assert (followed.colour == 2).float().mean() > 0.9 and (
-        followed.background == 2
-    ).float().mean() > 0.9
-    assert farthest(followed, x, y) < 5 and farthest(alone, x, y) > 10
+    assert (followed.colour == 2).float().mean() > 0.9
+    assert (followed.background == 2).float().mean() > 0.9
+    assert farthest(followed, x, y) < 5
+    assert farthest(alone, x, y) > 10
 
 
 def test_a_new_prompt_arrives_within_two_chunks_and_the_motion_goes_on(streamed):
@@ -387,13 +392,11 @@ def test_a_new_prompt_arrives_within_two_chunks_and_the_motion_goes_on(streamed)
         colour=torch.full_like(before.colour, 2),
         background=torch.full_like(before.background, 2),
     )
-    video, found = streamed([before.prompts(), after.prompts()], change=45)
-    assert (found.colour[:, :45] == 0).float().mean() > 0.95 and (
-        found.background[:, :45] == 0
-    ).float().mean() > 0.95
-    assert (found.colour[:, 69:] == 2).float().mean() > 0.95 and (
-        found.background[:, 69:] == 2
-    ).float().mean() > 0.95
+    _video, found = streamed([before.prompts(), after.prompts()], change=45)
+    assert (found.colour[:, :45] == 0).float().mean() > 0.95
+    assert (found.background[:, :45] == 0).float().mean() > 0.95
+    assert (found.colour[:, 69:] == 2).float().mean() > 0.95
+    assert (found.background[:, 69:] == 2).float().mean() > 0.95
     leap = (found.x.diff(dim=1).square() + found.y.diff(dim=1).square()).sqrt()
     assert leap[:, 42:54].amax() < 4  # pixels from frame to frame across the change
     assert (fit_motions(found, before.shape).argmin(1) == before.motion).float().mean() > 0.7
@@ -412,7 +415,8 @@ def test_steering_from_the_command_line(tiny, command_line, tmp_path):
         status, out, err = command_line(
             sample, "--prompt", PROMPT, "--out", f"{index}.mp4", *flags, *tiny[1]
         )
-        assert status == 0 and ("resized and cropped" in out) == (index < 2), err
+        assert status == 0, err
+        assert ("resized and cropped" in out) == (index < 2), err
         assert len(iio.imread(f"{index}.mp4")) == (32 if index == 1 else 80)
 
 
@@ -433,15 +437,15 @@ def test_many_prompts_go_on_where_they_stopped(tiny, command_line, tmp_path):
     names = {
         f"{prompt}-{index}.mp4" for prompt in ("a red circle", "a blue star") for index in (0, 1)
     }
-    assert status == 0 and set(os.listdir("made")) == names and "4 of them new" in out, err
+    assert status == 0, err
+    assert set(os.listdir("made")) == names, err
+    assert "4 of them new" in out, err
     os.remove("made/a blue star-1.mp4")
     kept = os.path.getmtime("made/a red circle-0.mp4")
     status, out, err = command_line(sample, *flags)
-    assert (
-        set(os.listdir("made")) == names
-        and "1 of them new" in out
-        and os.path.getmtime("made/a red circle-0.mp4") == kept
-    )
+    assert set(os.listdir("made")) == names
+    assert "1 of them new" in out
+    assert os.path.getmtime("made/a red circle-0.mp4") == kept
     command_line(
         sample,
         "--prompt",
@@ -482,5 +486,6 @@ def test_ctrl_c_leaves_a_playable_file_of_what_was_made(tiny, tmp_path):
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     out, _ = running.communicate(timeout=60)
-    assert running.returncode == 0 and os.listdir(tmp_path) == ["a.mp4"]
+    assert running.returncode == 0
+    assert os.listdir(tmp_path) == ["a.mp4"]
     assert f"{len(iio.imread(tmp_path / 'a.mp4'))} frames" in out

@@ -29,7 +29,7 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize("command, files", STAGES)
+@pytest.mark.parametrize(("command", "files"), STAGES)
 def test_script_trains_and_writes_weights_log_and_sheet(command, files, command_line, tmp_path):
     script, *flags = command.split()
     done = subprocess.run(
@@ -47,11 +47,12 @@ def test_script_trains_and_writes_weights_log_and_sheet(command, files, command_
     status, _, err = command_line(
         importlib.import_module(script.removesuffix(".py")), *flags, *SMALL
     )
-    assert status == 2 and "--resume" in err.splitlines()[-1]  # nothing is overwritten
+    assert status == 2
+    assert "--resume" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (["--steps", "0"], "--steps"),
         (["--lr", "-1"], "--lr"),
@@ -63,11 +64,17 @@ def test_script_trains_and_writes_weights_log_and_sheet(command, files, command_
 )
 def test_bad_flags_end_in_one_line_and_status_2(arguments, words, command_line):
     status, _, err = command_line(vae, *arguments)
-    assert status == 2 and words in err.splitlines()[-1]
+    assert status == 2
+    assert words in err.splitlines()[-1]
 
 
 def test_only_a_causal_teacher_begins_with_weights(command_line):
     status, _, err = command_line(teacher, "--weights", shipped("teacher"))
-    assert status == 2 and "--causal" in err and len(err.splitlines()) == 1 and not os.listdir()
+    assert status == 2
+    assert "--causal" in err
+    assert len(err.splitlines()) == 1
+    assert not os.listdir()
     status, _, err = command_line(teacher, "--causal", "--weights", shipped("action_teacher"))
-    assert status == 2 and "nfd_teacher.py" in err and len(err.splitlines()) == 1
+    assert status == 2
+    assert "nfd_teacher.py" in err
+    assert len(err.splitlines()) == 1

@@ -15,9 +15,9 @@ from teacher import draw_chunk_times
 
 def test_times_are_shifted_towards_noise():
     t = draw_times(20_000, Schedule(shift=5.0), torch.Generator().manual_seed(0))
-    assert (
-        0 < t.min() and t.max() < 1 and abs(t.median() - 5 / 6) < 0.01
-    )  # u = 1/2 becomes s / (s + 1)
+    assert t.min() > 0
+    assert t.max() < 1
+    assert abs(t.median() - 5 / 6) < 0.01
 
 
 def test_each_clip_can_have_a_shift_of_its_own():
@@ -26,7 +26,8 @@ def test_each_clip_can_have_a_shift_of_its_own():
         Schedule(shift=5.0 * (1 + torch.arange(20_000) % 2)),
         torch.Generator().manual_seed(0),
     )
-    assert abs(t[::2].median() - 5 / 6) < 0.01 and abs(t[1::2].median() - 10 / 11) < 0.01
+    assert abs(t[::2].median() - 5 / 6) < 0.01
+    assert abs(t[1::2].median() - 10 / 11) < 0.01
 
 
 def test_motions_that_are_hard_to_learn_are_drawn_more_often():
@@ -52,12 +53,12 @@ def test_a_piece_of_a_walk_has_its_actions_and_none_leads_to_its_first_frame():
     data.drifted = data.latents + 0.5
     x0, prompts, actions, past = data.batch(200, 24, torch.Generator().manual_seed(0), "cpu")
     walk, frame = (x0[:, :, 0, 0, 0].long() // 100)[:, 0], x0[:, :, 0, 0, 0].long() % 100
-    assert (frame.diff(dim=1) == 1).all() and frame[:, 0].max() > 0
-    assert (
-        torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], frame][:, 1:])
-        and not actions[:, 0].any()
-    )
-    assert prompts == data.clips[walk].prompts() and torch.equal(past, x0 + 0.5)
+    assert (frame.diff(dim=1) == 1).all()
+    assert frame[:, 0].max() > 0
+    assert torch.equal(actions[:, 1:], data.clips.actions[walk[:, None], frame][:, 1:])
+    assert not actions[:, 0].any()
+    assert prompts == data.clips[walk].prompts()
+    assert torch.equal(past, x0 + 0.5)
 
 
 def test_a_past_that_has_drifted_shows_the_same_walk_in_another_size(tmp_path, monkeypatch):
@@ -71,27 +72,25 @@ def test_a_past_that_has_drifted_shows_the_same_walk_in_another_size(tmp_path, m
     data = LatentClips(vae, walks)
     as_it_is, drifted = recover(data.latents.float()), recover(data.drifted.float())
     off = drifted.radius.mean(1) - RADIUS
-    assert (
-        (as_it_is.radius - RADIUS).abs().max() < 0.3
-        and off.abs().max() < 1.8
-        and off.min() < -1.3
-        and off.max() > 1.3
-    )
+    assert (as_it_is.radius - RADIUS).abs().max() < 0.3
+    assert off.abs().max() < 1.8
+    assert off.min() < -1.3
+    assert off.max() > 1.3
     moved = torch.stack([drifted.x - as_it_is.x, drifted.y - as_it_is.y]).abs()[
         :, off < 0
     ]  # what is larger a wall may cut
     assert moved.max() < 0.2
-    assert len(os.listdir("runs/latents")) == 2 and torch.equal(
-        LatentClips(vae, walks).drifted, data.drifted
-    )
+    assert len(os.listdir("runs/latents")) == 2
+    assert torch.equal(LatentClips(vae, walks).drifted, data.drifted)
 
 
 def test_each_chunk_has_a_time_of_its_own_and_each_clip_a_share_of_clean_ones():
     t = draw_chunk_times(2000, 8, 3, Schedule(), torch.Generator().manual_seed(0))
-    assert t.shape == (2000, 8) and (t[:, 0] == t[:, 2]).all() and (t[:, 6] == t[:, 7]).all()
-    assert ((t[:, 0] != t[:, 3]) | (t[:, 0] == 0)).all() and abs(
-        (t[:, ::3] == 0).float().mean() - 0.5
-    ) < 0.03
+    assert t.shape == (2000, 8)
+    assert (t[:, 0] == t[:, 2]).all()
+    assert (t[:, 6] == t[:, 7]).all()
+    assert ((t[:, 0] != t[:, 3]) | (t[:, 0] == 0)).all()
+    assert abs((t[:, ::3] == 0).float().mean() - 0.5) < 0.03
     clean = (t[:, ::3] == 0).float().mean(1)
     assert (
         (clean == 0) | (clean == 1)
@@ -103,22 +102,19 @@ def test_walks_are_of_next_frames_behind_clean_ones_of_blocks_and_of_single_fram
     assert t.shape == (8000, 24)
     turns, block, single = t[1::2], t[2::4], t[::4]
     median = lambda t: t[t > 0].median().item()
-    assert (
-        abs(median(turns) - 12 / 13) < 0.01
-        and abs(median(block) - 12 / 13) < 0.01
-        and abs(median(single) - 3 / 4) < 0.01
-    )  # u = 1/2 becomes s / (s + 1)
+    assert abs(median(turns) - 12 / 13) < 0.01
+    assert abs(median(block) - 12 / 13) < 0.01
+    assert abs(median(single) - 3 / 4) < 0.01
     noisy = turns > 0
-    assert not (noisy[:, 1:] & noisy[:, :-1]).any() and abs(noisy[:, 0].float().mean() - 0.5) < 0.03
-    assert (noisy[:, ::2].any(1) != noisy[:, 1::2].any(1)).all() and (noisy.sum(1) >= 11).all()
-    assert (
-        (block[:, 8:16] == block[:, 8:9]).all()
-        and ((block[:, 8] > 0) & (block[:, 0] == 0)).any()
-        and abs((block[:, 8] > 0).float().mean() - 0.5) < 0.05
-    )
-    assert ((single[:, 1:4] != single[:, :3]) | (single[:, :3] == 0)).all() and abs(
-        (single[:, :4] > 0).float().mean() - 0.5
-    ) < 0.03
+    assert not (noisy[:, 1:] & noisy[:, :-1]).any()
+    assert abs(noisy[:, 0].float().mean() - 0.5) < 0.03
+    assert (noisy[:, ::2].any(1) != noisy[:, 1::2].any(1)).all()
+    assert (noisy.sum(1) >= 11).all()
+    assert (block[:, 8:16] == block[:, 8:9]).all()
+    assert ((block[:, 8] > 0) & (block[:, 0] == 0)).any()
+    assert abs((block[:, 8] > 0).float().mean() - 0.5) < 0.05
+    assert ((single[:, 1:4] != single[:, :3]) | (single[:, :3] == 0)).all()
+    assert abs((single[:, :4] > 0).float().mean() - 0.5) < 0.03
 
 
 def test_flow_matching_loss_is_zero_for_the_true_velocity():
@@ -131,10 +127,8 @@ def test_flow_matching_loss_is_zero_for_the_true_velocity():
         return eps - x0
 
     model.schedule = Schedule()
-    assert (
-        flow_matching_loss(model, x0, t, "prompt", torch.Generator().manual_seed(0)) < 1e-6
-        and seen["text"] == "prompt"
-    )
+    assert flow_matching_loss(model, x0, t, "prompt", torch.Generator().manual_seed(0)) < 1e-6
+    assert seen["text"] == "prompt"
 
 
 def test_clean_frames_do_not_count_in_the_flow_matching_loss():
@@ -177,11 +171,9 @@ def test_the_models_own_past_is_runs_of_four_frames_behind_data():
     )[1:4]
     changes = lambda other: ((past(x0) - other).flatten(2).norm(dim=2) > 1e-4).all(0).tolist()
     made, late, early, act = past(x0), x0.clone(), x0.clone(), actions.clone()
-    assert (
-        torch.equal(made[:, :3], x0[1:4, :3])
-        and torch.equal(made[:, 7:], x0[1:4, 7:])
-        and not made.requires_grad
-    )
+    assert torch.equal(made[:, :3], x0[1:4, :3])
+    assert torch.equal(made[:, 7:], x0[1:4, 7:])
+    assert not made.requires_grad
     early[:, 2] = torch.randn_like(
         early[:, 2]
     )  # where the data leaves off shows in all four frames,
@@ -195,24 +187,24 @@ def test_the_models_own_past_is_runs_of_four_frames_behind_data():
 def test_a_batch_of_one_has_a_past_of_its_own_too():
     model, x0, text, actions = action_model()
     made = own_past(model, x0[:1], 2, text[:1], actions[:1], torch.Generator().manual_seed(0))
-    assert (
-        made.shape == x0[:1].shape
-        and not torch.equal(made, x0[:1])
-        and torch.equal(made[:, 7:], x0[:1, 7:])
-    )
+    assert made.shape == x0[:1].shape
+    assert not torch.equal(made, x0[:1])
+    assert torch.equal(made[:, 7:], x0[:1, 7:])
 
 
 def test_half_of_the_models_own_pasts_begin_with_frames_of_its_own():
     model, x0, text, actions = action_model(window=12, frames=12)  # 6 given frames
     past = lambda x0: own_past(model, x0, 2, text, actions, torch.Generator().manual_seed(0))
     made, other = past(x0), x0.clone()
-    assert torch.equal(made[1:4, :6], x0[1:4, :6]) and torch.equal(made[4:, 4:6], x0[4:, 4:6])
+    assert torch.equal(made[1:4, :6], x0[1:4, :6])
+    assert torch.equal(made[4:, 4:6], x0[4:, 4:6])
     assert ((made - x0)[4:, :4].flatten(2).norm(dim=2) > 1e-2).all()
     other[:, 0] = torch.randn_like(
         other[:, 0]
     )  # the first is made behind nothing, the others behind it
     changed = ((past(other) - made).flatten(2).norm(dim=2) > 1e-4)[4:]
-    assert changed[:, :4].all() and not changed[:, 4:6].any()
+    assert changed[:, :4].all()
+    assert not changed[:, 4:6].any()
 
 
 def test_the_models_own_past_begins_with_data_noised_to_a_random_time_that_leaves_its_place_to_see():
@@ -231,7 +223,8 @@ def test_the_models_own_past_begins_with_data_noised_to_a_random_time_that_leave
             times.append(t.item())
         assert abs(times[1] - times[0] - 0.3) < 1e-4
         found.append(times[0])
-    assert 0.2 < min(found) < 0.3 and 0.5 < max(found) < 0.6
+    assert 0.2 < min(found) < 0.3
+    assert 0.5 < max(found) < 0.6
 
 
 def test_in_every_eighth_walk_the_past_is_lost():
@@ -262,4 +255,5 @@ def test_an_action_model_begins_as_the_teacher_and_knows_nothing_of_actions():
     actions = torch.randint(len(ACTIONS), (2, 5))
     teacher.blocks = torch.nn.ModuleList(teacher.blocks[i] for i in (0, 2, 4))  # evenly spaced
     assert torch.equal(model(x, t, text, chunk=1, actions=actions), teacher(x, t, text, chunk=1))
-    assert model.config.chunk == 1 and model.action_embedding.weight.requires_grad
+    assert model.config.chunk == 1
+    assert model.action_embedding.weight.requires_grad

@@ -54,7 +54,8 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, die_at):
     with pytest.raises(SystemError):
         run(tmp_path / "cut", die_at=die_at)
     done, net2, ema2 = run(tmp_path / "cut", resume=True)
-    assert done and all(torch.equal(net[k], net2[k]) and torch.equal(ema[k], ema2[k]) for k in net)
+    assert done
+    assert all(torch.equal(net[k], net2[k]) and torch.equal(ema[k], ema2[k]) for k in net)
 
 
 def test_minutes_stop_a_run_that_resumes_to_the_same_weights(tmp_path):
@@ -62,7 +63,8 @@ def test_minutes_stop_a_run_that_resumes_to_the_same_weights(tmp_path):
     assert run(tmp_path / "cut", minutes=1e-9)[0] is False
     assert run(tmp_path / "cut", resume=True, minutes=1e-9)[0] is False
     done, net2, _ = run(tmp_path / "cut", resume=True)
-    assert done and all(torch.equal(net[k], net2[k]) for k in net)
+    assert done
+    assert all(torch.equal(net[k], net2[k]) for k in net)
 
 
 def test_log_has_every_tenth_step_once_after_a_resume(tmp_path):
@@ -77,7 +79,8 @@ def test_weights_are_bf16_with_metadata_and_damaged_files_are_refused(tmp_path):
     path = str(tmp_path / "w.safetensors")
     save_weights(path, {"a": torch.ones(1000)}, TextConfig(3), steps=7, quality="good")
     tensors, config = read_weights(path)
-    assert config["text_dim"] == 3 and tensors["a"].dtype == torch.float32
+    assert config["text_dim"] == 3
+    assert tensors["a"].dtype == torch.float32
     with safe_open(path, "pt") as file:
         assert file.get_tensor("a").dtype == torch.bfloat16
         assert {"command", "commit", "hardware", "steps", "quality"} <= set(file.metadata())
@@ -129,7 +132,8 @@ def test_muon_moves_hidden_matrices_orthogonally_and_all_else_as_adamw_does():
             .sum(),
         )
     moved = (before - net.weight.detach()) / (0.1 * 0.2 * 24**0.5)
-    assert torch.equal(net.bias, twin.bias) and not torch.allclose(net.weight, twin.weight)
+    assert torch.equal(net.bias, twin.bias)
+    assert not torch.allclose(net.weight, twin.weight)
     assert torch.linalg.matrix_norm(moved, 2) < 1.3  # no direction moves farther than the others
 
 

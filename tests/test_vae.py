@@ -26,7 +26,8 @@ def video(frames):
 
 def test_sizes(vae):
     latents = vae.encode(video(17))
-    assert latents.shape == (2, 5, 4, 8, 8) and vae.decode(latents).shape == (2, 17, 3, 64, 64)
+    assert latents.shape == (2, 5, 4, 8, 8)
+    assert vae.decode(latents).shape == (2, 17, 3, 64, 64)
     assert vae.encode(video(1)).shape[1] == 1  # the first frame alone makes the first latent
     with pytest.raises(ValueError, match="16"):
         vae.encode(video(16))
@@ -34,10 +35,8 @@ def test_sizes(vae):
 
 def test_latents_are_normalised(vae):
     latents = vae.encode(video(17))
-    assert (
-        latents.mean((0, 1, 3, 4)).abs().max() < 1e-4
-        and (latents.std((0, 1, 3, 4)) - 1).abs().max() < 1e-4
-    )
+    assert latents.mean((0, 1, 3, 4)).abs().max() < 1e-4
+    assert (latents.std((0, 1, 3, 4)) - 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("chunks", [[1, 4, 12], [9, 8], [5, 4, 4, 4]])
@@ -90,7 +89,8 @@ def test_the_frame_wise_vae_begins_nearly_as_good_as_the_shipped_one():
         frame_wise(load_model(VAE, shipped("vae"))),
     )
     latents = vae.encode(x)
-    assert latents.shape[1] == 9 and psnr(vae.decode(latents), x) > 30
+    assert latents.shape[1] == 9
+    assert psnr(vae.decode(latents), x) > 30
 
 
 def test_without_memory_the_frame_wise_vae_gives_what_the_first_frame_of_a_clip_gives(vae):
