@@ -17,11 +17,10 @@ from torch.nn import functional as F
 
 
 def block_causal_mask(frames, chunk, window=None):
-    """Make the mask that the rest of this file obeys but never materialises.
+    """Make the mask that the rest of this file obeys but never materialises: bool [frames, frames],
+    True where latent frame i may attend to latent frame j (CausVid, "Autoregressive architecture").
 
-    bool [frames, frames], True where latent frame i may attend to latent frame j. With a window
-    of W chunks also floor(i / k) - floor(j / k) < W: a chunk sees itself and the W - 1 before it.
-    CausVid, "Autoregressive architecture".
+    With a window of W chunks also floor(i / k) - floor(j / k) < W: itself and the W - 1 before it.
     """
     # M[i, j] = 1 where floor(j / k) <= floor(i / k), else 0
     block = torch.arange(frames) // chunk
@@ -102,12 +101,9 @@ class KVCache:
     ):
         """chunk: latent frames in a chunk; window: chunks attended to, the new one included;
         height, width: tokens; ahead: chunks that are denoised at once; tensor: device, dtype."""
-        self.chunk, self.window, self.tokens, self.head_dim = (
-            chunk,
-            window,
-            height * width,
-            head_dim,
-        )
+        self.chunk, self.window = chunk, window
+        self.tokens = height * width  # of a latent frame
+        self.head_dim = head_dim
         self.frames = 0  # latent frames of the past
         size = (window - 1 + ahead) * chunk * self.tokens
         self.k = torch.zeros(layers, batch, size, heads, head_dim, **tensor)
@@ -115,9 +111,7 @@ class KVCache:
 
     def put(self, layer, k, v):
         """Write k, v [B, L, H, d] of new tokens -> the layer's keys and values [B, past + L, H, d].
-
-        Gradients flow through the new tokens; the past is a constant.
-        """
+        Gradients flow through the new tokens; the past is a constant."""
         past = self.frames * self.tokens
         end = past + k.shape[1]
         self.k[layer, :, past:end] = k.detach()
@@ -134,9 +128,8 @@ class KVCache:
         if evicted > 0:
             old, new = evicted * self.tokens, self.frames * self.tokens
             back = rope_angles(self.head_dim, 1, 1, 1, start=-evicted, device=self.k.device)
-            self.k[:, :, : new - old] = rotate(
-                self.k[:, :, old:new], rope_table(back, self.k.dtype)
-            )
+            table = rope_table(back, self.k.dtype)
+            self.k[:, :, : new - old] = rotate(self.k[:, :, old:new], table)
             self.v[:, :, : new - old] = self.v[:, :, old:new].clone()
             self.frames -= evicted
 
@@ -159,10 +152,8 @@ class SelfAttention(Projections):
     """Self-attention of the video's tokens: bidirectional, or block-causal with a cached past."""
 
     def forward(self, x, table, chunk=None, window=None, cache=None, layer=0):
-        """x [B, L, D]; table: RoPE of the L tokens; chunk in tokens, window in chunks.
-
-        chunk=None attends both ways over all tokens. -> [B, L, D]
-        """
+        """x [B, L, D]; table: RoPE of the L tokens; chunk in tokens (None: attend both ways over
+        all tokens), window in chunks -> [B, L, D]."""
         q = rotate(self.heads(self.norm_q(self.q(x))), table)
         k = rotate(self.heads(self.norm_k(self.k(x))), table)
         v = self.heads(self.v(x))

@@ -1,8 +1,7 @@
 """The shapes world: an endless supply of captioned video whose truth is known.
 
-64 x 64 pixels, 16 frames/s. One soft-edged shape moves on a plain background, and the prompt says which:
-"a red circle bouncing on a black background". In the action world, at the end, a player moves it. Everything is drawn in torch,
-in a batch, on any device.
+64 x 64 pixels, 16 frames/s. One soft-edged shape moves on a plain background, and the prompt says
+which: "a red circle bouncing on a black background". All is drawn in torch, on any device.
 
     python data.py          draws a sheet of samples to shapes.png
 """
@@ -32,8 +31,8 @@ BACKGROUNDS = {
     "brown": (90, 60, 35),
 }
 
-# Every shape is a star with n points: outer radius (in units of the clip's radius), inner radius over outer radius,
-# and a turn. A regular n-gon is the star whose inner radius is cos(pi/n); the circle is the 64-gon.
+# Every shape is a star: its number n of points, outer radius (in units of the clip's radius), inner
+# radius over outer radius, and a turn. A regular n-gon is the star whose inner radius is cos(pi/n).
 SHAPES = {
     "circle": (64, 1.0, math.cos(math.pi / 64), 0.0),
     "square": (4, 1.15, math.cos(math.pi / 4), math.pi / 4),
@@ -42,20 +41,17 @@ SHAPES = {
 }
 REACH = 1.2  # the largest outer radius above: how far a shape reaches from its centre
 
-# Each motion with its wordings; the first is the name.
-MOTIONS = {
-    "standing still": ("standing still", "not moving"),
-    "sliding left and right": ("sliding left and right", "moving left and right"),
-    "rising and falling": ("rising and falling", "moving up and down"),
-    "bouncing": ("bouncing", "bouncing off the walls"),
-    "circling clockwise": ("circling clockwise", "moving in a circle clockwise"),
-    "circling counterclockwise": (
-        "circling counterclockwise",
-        "moving in a circle counterclockwise",
-    ),
-    "spinning": ("spinning", "turning around itself"),
-    "pulsing": ("pulsing", "growing and shrinking"),
+OTHER_WORDINGS = {
+    "standing still": "not moving",
+    "sliding left and right": "moving left and right",
+    "rising and falling": "moving up and down",
+    "bouncing": "bouncing off the walls",
+    "circling clockwise": "moving in a circle clockwise",
+    "circling counterclockwise": "moving in a circle counterclockwise",
+    "spinning": "turning around itself",
+    "pulsing": "growing and shrinking",
 }
+MOTIONS = {name: (name, other) for name, other in OTHER_WORDINGS.items()}
 WORDINGS = (
     "a {colour} {shape} {motion} on a {background} background",
     "a {colour} {shape} is {motion} in front of a {background} background",
@@ -67,26 +63,18 @@ WORDINGS = (
 STILL, SLIDE, RISE, BOUNCE, CLOCKWISE, COUNTER, SPIN, PULSE = range(8)
 
 
-def _all_combinations():
-    """Every (colour, shape, motion, background) that exists as rows of indices: a circle does not spin."""
-    every = torch.cartesian_prod(
-        *(torch.arange(len(names)) for names in (COLOURS, SHAPES, MOTIONS, BACKGROUNDS))
-    )
-    return every[~((every[:, 1] == 0) & (every[:, 2] == SPIN))]
-
-
 def combinations(split):
-    """The attribute combinations of a split, [N, 4] indices (colour, shape, motion, background).
-
-    `split` is "train", "held-out" (one tenth, by a fixed rule that keeps every pair of attributes in training) or "all".
-    """
-    every = _all_combinations()
+    """List a split's attribute combinations: [N, 4] indices (colour, shape, motion, background).
+    "held-out" is one tenth, by a fixed rule that keeps every pair of attributes in "train"."""
+    sizes = (len(COLOURS), len(SHAPES), len(MOTIONS), len(BACKGROUNDS))
+    every = torch.cartesian_prod(*map(torch.arange, sizes))
+    every = every[(every[:, 1] != 0) | (every[:, 2] != SPIN)]  # a circle does not spin
     held_out = (every * torch.tensor([1, 3, 7, 5])).sum(1) % 10 == 3
     return {"train": every[~held_out], "held-out": every[held_out], "all": every}[split]
 
 
 class Batch:
-    """A batch of truths, a dataclass whose every field is a tensor [B, ...]: its length, some of its rows, the same on a device."""
+    """Give a dataclass whose fields are tensors [B, ...] a length, indexing and `to(device)`."""
 
     def __len__(self):
         return len(self.colour)
@@ -100,7 +88,7 @@ class Batch:
 
 @dataclass
 class Clips(Batch):
-    """B clips by their truth, each field [B]. Pixels and seconds; y points down, angles turn clockwise on the screen."""
+    """Hold the truth of B clips, each field [B]. y points down, angles turn clockwise."""
 
     colour: torch.Tensor  # index into COLOURS
     shape: torch.Tensor  # index into SHAPES
@@ -115,55 +103,52 @@ class Clips(Batch):
 
     def prompts(self, generator=None):
         """Word the clips' prompts: in the first wording, or in random ones with a generator."""
-
-        def pick(options):
-            if generator is None:
-                return options[0]
-            return options[torch.randint(len(options), (), generator=generator).item()]
-
-        names = [list(table) for table in (COLOURS, SHAPES, MOTIONS.values(), BACKGROUNDS)]
+        colours, shapes, backgrounds = list(COLOURS), list(SHAPES), list(BACKGROUNDS)
+        motions = list(MOTIONS.values())
         rows = torch.stack([self.colour, self.shape, self.motion, self.background], dim=1)
         prompts = []
         for c, s, m, b in rows.tolist():
-            wording = pick(WORDINGS)
-            words = {"colour": names[0][c], "shape": names[1][s], "background": names[3][b]}
-            prompts.append(with_article(wording.format(motion=pick(names[2][m]), **words)))
+            words = {"colour": colours[c], "shape": shapes[s], "background": backgrounds[b]}
+            wording = _pick(WORDINGS, generator)
+            prompt = wording.format(motion=_pick(motions[m], generator), **words)
+            prompts.append(with_article(prompt))
         return prompts
 
     def track(self, seconds):
-        """Where the shape is at `seconds` [F]: x, y (pixels), radius (pixels) and angle (radians), each [B, F]."""
-        motion, column = self.motion[:, None], lambda v: v[:, None]
-        turn = column(self.phase) + column(self.rate) * seconds
-        x, y = column(self.x).expand_as(turn), column(self.y).expand_as(turn)
-        circle = (motion == CLOCKWISE) | (motion == COUNTER)
-        sense = torch.where(motion == COUNTER, -1.0, 1.0)
+        """Locate the shape at `seconds` [F]: x, y, radius and angle, each [B, F]."""
+        c = self[:, None]  # each field [B, 1]
+        run = c.rate * seconds  # [B, F]
+        turn = c.phase + run
+        circle = (c.motion == CLOCKWISE) | (c.motion == COUNTER)
+        sense = torch.where(c.motion == COUNTER, -1.0, 1.0)
         # circling: (cos, sin) turns clockwise because y points down
-        x = x + column(self.reach) * torch.where((motion == SLIDE) | circle, torch.cos(turn), 0.0)
-        y = y + column(self.reach) * torch.where(
-            (motion == RISE), torch.cos(turn), torch.where(circle, sense * torch.sin(turn), 0.0)
-        )
-        # bouncing: straight lines, reflected at the walls by folding them into a triangle wave
-        wall = column(self.radius) * REACH + 1
-        run = column(self.rate) * seconds
-        x = torch.where(
-            motion == BOUNCE, reflect(x + run * torch.cos(column(self.phase)) - wall, wall), x
-        )
-        y = torch.where(
-            motion == BOUNCE, reflect(y + run * torch.sin(column(self.phase)) - wall, wall), y
-        )
-        radius = column(self.radius) * torch.where(motion == PULSE, 1 + 0.35 * torch.sin(turn), 1.0)
-        angle = torch.where(motion == SPIN, turn, 0.0)
+        swing_x = torch.where((c.motion == SLIDE) | circle, torch.cos(turn), 0.0)
+        swing_y = torch.where(circle, sense * torch.sin(turn), 0.0)
+        swing_y = torch.where(c.motion == RISE, torch.cos(turn), swing_y)
+        x, y = c.x + c.reach * swing_x, c.y + c.reach * swing_y
+        bounce = c.motion == BOUNCE
+        wall = c.radius * REACH + 1
+        x = torch.where(bounce, reflect(x + run * torch.cos(c.phase) - wall, wall), x)
+        y = torch.where(bounce, reflect(y + run * torch.sin(c.phase) - wall, wall), y)
+        radius = c.radius * torch.where(c.motion == PULSE, 1 + 0.35 * torch.sin(turn), 1.0)
+        angle = torch.where(c.motion == SPIN, turn, 0.0)
         return x, y, radius, angle
 
     def render(self, start=0, frames=FRAMES):
-        """Draw frames start .. start + frames - 1 at 16 frames/s: video [B, frames, 3, 64, 64] in [-1, 1]."""
-        device = self.x.device
-        seconds = (start + torch.arange(frames, device=device)) / FPS
+        """Draw frames start .. start + frames - 1: video [B, frames, 3, 64, 64] in [-1, 1]."""
+        seconds = (start + torch.arange(frames, device=self.x.device)) / FPS
         return draw(self.colour, self.shape, self.background, *self.track(seconds))
 
 
+def _pick(options, generator):
+    """Take the first option, or a random one with a generator."""
+    if generator is None:
+        return options[0]
+    return options[torch.randint(len(options), (), generator=generator).item()]
+
+
 def reflect(way, wall):
-    """Fold straight motion at the walls `wall` and SIZE - wall; way: from the first wall, pixels."""
+    """Fold straight motion back at `wall` and SIZE - wall; way: pixels past the first wall."""
     span = SIZE - 2 * wall
     return wall + span - (way % (2 * span) - span).abs()
 
@@ -173,70 +158,63 @@ def with_article(prompt):
     return prompt.replace("a orange", "an orange")
 
 
+def palette(table, device=None):
+    """Convert a table of sRGB colours to pixels [N, 3] in [-1, 1]."""
+    return torch.tensor(list(table.values()), device=device) / 127.5 - 1
+
+
 def draw(colour, shape, background, x, y, radius, angle):
-    """Draw one shape a frame: attribute indices [B], track [B, F] -> video [B, F, 3, 64, 64] in [-1, 1]."""
+    """Draw shapes (attributes [B], track [B, F]): video [B, F, 3, 64, 64] in [-1, 1]."""
     device = x.device
-    points, outer, inner, turn = torch.tensor(list(SHAPES.values()), device=device)[shape].T[
-        ..., None, None, None
-    ]
+    stars = torch.tensor(list(SHAPES.values()), device=device)[shape]  # [B, 4]
+    points, outer, inner, turn = stars.T[..., None, None, None]  # [B, 1, 1, 1] each
     grid = torch.arange(SIZE, device=device) + 0.5
-    dx, dy = grid - x[..., None, None], grid[:, None] - y[..., None, None]  # [B, F, 64, 64]
-    # fold the plane into one half point of the star: a is the angle from its tip, between 0 and pi / points
+    dx, dy = grid - x[..., None, None], grid[:, None] - y[..., None, None]
+    # by symmetry half a point is enough: a is the angle from its tip, between 0 and pi / points
     sector = 2 * math.pi / points
-    a = torch.atan2(dx, -dy) - angle[..., None, None] + turn
+    a = torch.atan2(dx, -dy) - angle[..., None, None] + turn  # [B, F, 64, 64]
     a = ((a + sector / 2) % sector - sector / 2).abs()
     rho = (dx * dx + dy * dy).sqrt()
-    # signed distance to the line from the tip (R, 0) to the notch r (cos, sin)(pi / points), with outward normal n
+    # signed distance to the line with normal (nx, ny) from the tip (R, 0) to the notch beside it
     R = radius[..., None, None] * outer
     nx, ny = inner * torch.sin(sector / 2), 1 - inner * torch.cos(sector / 2)
-    distance = (nx * (rho * torch.cos(a) - R) + ny * rho * torch.sin(a)) / (
-        nx * nx + ny * ny
-    ).sqrt()
+    norm = (nx * nx + ny * ny).sqrt()
+    distance = (nx * (rho * torch.cos(a) - R) + ny * rho * torch.sin(a)) / norm
     cover = (0.5 - distance / 2).clamp(0, 1)[:, :, None]  # edges two pixels soft
-    palette = lambda table: torch.tensor(list(table.values()), device=device) / 127.5 - 1
-    front = palette(COLOURS)[colour][:, None, :, None, None]
-    back = palette(BACKGROUNDS)[background][:, None, :, None, None]
+    front = palette(COLOURS, device)[colour][:, None, :, None, None]
+    back = palette(BACKGROUNDS, device)[background][:, None, :, None, None]
     return back + (front - back) * cover
 
 
 def sample_clips(count, generator, split="train"):
-    """Draw `count` random clips of a split ("train", "held-out" or "all"). Same generator state, same clips."""
-    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
+    """Draw `count` random clips of a split ("train", "held-out" or "all")."""
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(count, generator=generator)
+
     rows = combinations(split)
-    colour, shape, motion, background = rows[
-        torch.randint(len(rows), (count,), generator=generator)
-    ].T
-    is_, many = lambda m: motion == m, lambda *ms: torch.isin(motion, torch.tensor(ms))
-    radius = torch.where(is_(PULSE), uniform(10, 13), uniform(10, 15))  # a pulse swings by 35%
-    room = (
-        SIZE / 2 - REACH * torch.where(is_(PULSE), 1.35 * radius, radius) - 1
-    )  # from the middle to the wall
+    chosen = rows[torch.randint(len(rows), (count,), generator=generator)]
+    colour, shape, motion, background = chosen.T
+    radius = torch.where(motion == PULSE, uniform(10, 13), uniform(10, 15))
+    largest = torch.where(motion == PULSE, 1.35 * radius, radius)
+    room = SIZE / 2 - REACH * largest - 1  # from the middle to the wall
     reach = room * uniform(0.7, 1.0)
-    # what is left of the room beside the motion, on each axis, is where the motion's centre may lie
-    free_x = torch.where(many(SLIDE, CLOCKWISE, COUNTER), room - reach, room)
-    free_y = torch.where(many(RISE, CLOCKWISE, COUNTER), room - reach, room)
-    x, y = SIZE / 2 + free_x * uniform(-1, 1), SIZE / 2 + free_y * uniform(-1, 1)
-    phase, sign = uniform(0, 2 * math.pi), torch.sign(uniform(-1, 1))
+    # the centre of a motion lies where its reach, on each axis, leaves room
+    circle = (motion == CLOCKWISE) | (motion == COUNTER)
+    free_x = torch.where((motion == SLIDE) | circle, room - reach, room)
+    free_y = torch.where((motion == RISE) | circle, room - reach, room)
+    x = SIZE / 2 + free_x * uniform(-1, 1)
+    y = SIZE / 2 + free_y * uniform(-1, 1)
+    phase = uniform(0, 2 * math.pi)
+    sign = torch.sign(uniform(-1, 1))
     # a bounce keeps 25 degrees off both axes, so that it is neither sliding nor rising
-    slant = torch.deg2rad(uniform(25, 65)) + math.pi / 2 * torch.randint(
-        4, (count,), generator=generator
-    )
-    period = torch.where(is_(SPIN), uniform(2.5, 4.0), uniform(1.8, 3.0))
-    rate = torch.where(
-        is_(BOUNCE), uniform(18, 30), 2 * math.pi / period * torch.where(is_(SPIN), sign, 1.0)
-    )
-    return Clips(
-        colour,
-        shape,
-        motion,
-        background,
-        radius,
-        x,
-        y,
-        reach,
-        torch.where(is_(BOUNCE), slant, phase),
-        rate,
-    )
+    slant = torch.deg2rad(uniform(25, 65))
+    slant += math.pi / 2 * torch.randint(4, (count,), generator=generator)
+    phase = torch.where(motion == BOUNCE, slant, phase)
+    period = torch.where(motion == SPIN, uniform(2.5, 4.0), uniform(1.8, 3.0))
+    rate = 2 * math.pi / period * torch.where(motion == SPIN, sign, 1.0)
+    rate = torch.where(motion == BOUNCE, uniform(18, 30), rate)
+    return Clips(colour, shape, motion, background, radius, x, y, reach, phase, rate)
 
 
 if __name__ == "__main__":

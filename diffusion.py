@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+TEACHER_STEPS = 32  # the paper: 50
+GUIDANCE = 2.0  # the paper: 3.5; in the small shapes world 2 makes cleaner shapes
+
 
 def per_frame(t, like):
     """Shape times t [B, T], or one time, so that they multiply latents [B, T, C, h, w]."""
@@ -18,8 +21,7 @@ def per_frame(t, like):
 class Schedule:
     """x_t = (1 - t) x0 + t eps, and every conversion between x_t, v, x0, eps and the score.
 
-    Latents [B, T, C, h, w]; times t [B, T], one for each latent frame, or one number for all.
-    """
+    Latents [B, T, C, h, w]; times t [B, T], one for each latent frame, or one number for all."""
 
     shift: float = 1.0
 
@@ -30,9 +32,7 @@ class Schedule:
 
     def timesteps(self, steps, start=1.0):
         """The shifted times of `steps` denoising steps, from 1 to 0, both included: [steps + 1].
-
-        start < 1: `start`, then those of them that come after it.
-        """
+        start < 1: `start`, then those of them that come after it."""
         times = self.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
         return torch.cat([times.new_tensor([start]), times[times < start]])
 
@@ -64,12 +64,6 @@ class Schedule:
         return self.add_noise(self.x0(x_t, v, t), self.eps(x_t, v, t), r)
 
 
-TEACHER_STEPS, GUIDANCE = (
-    32,
-    2.0,
-)  # the paper's: 50 and 3.5; in this small world 2 makes cleaner shapes
-
-
 def noise_source(generator, device="cpu"):
     """Make the function noise(shape) that draws from a generator on the CPU, or from a list of
     them, one for each video of the batch: a seed gives the same noise on every device."""
@@ -90,36 +84,49 @@ def draw_times(count, schedule, generator):
 
 
 def flow_matching_loss(model, x0, t, text, generator, **attention):
-    """E || v(x_t, t, text) - (eps - x0) ||^2 for x0 [B, T, C, h, w] and t [B, T] (flow matching, the denoising loss), over frames with t > 0:
-    in a clean one nothing tells eps."""
+    """Compute the denoising loss for x0 [B, T, C, h, w] at times t [B, T] (flow matching). The mean
+    is over frames with t > 0: in a clean frame nothing tells eps."""
+    schedule = model.schedule
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-    v = model(model.schedule.add_noise(x0, eps, t), t, text, **attention)
-    error = F.mse_loss(v.float(), model.schedule.v(x0, eps), reduction="none").mean((2, 3, 4))
+    v = model(schedule.add_noise(x0, eps, t), t, text, **attention)
+    # E || v(x_t, t, text) - (eps - x0) ||^2
+    error = F.mse_loss(v.float(), schedule.v(x0, eps), reduction="none").mean((2, 3, 4))  # [B, T]
     return torch.where(t > 0, error, 0.0).sum() / (t > 0).sum().clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------- sampling
 def with_null(text):
-    """Embedded prompts [B, S, text_dim] and as many null prompts, which are all zeros -> [2 B, S, text_dim]."""
+    """Append as many null prompts, which are all zeros, to text [B, S, text_dim]: [2 B, ...]."""
     return torch.cat([text, torch.zeros_like(text)])
 
 
 def guided_v(model, x_t, t, text, guidance, **attention):
-    """Classifier-free guidance, two passes made as one batch. x_t [B, T, C, h, w]; text: `with_null`, or its keys."""
+    """Predict v under classifier-free guidance, two passes made as one batch. x_t [B, T, C, h, w];
+    t [B, T]; text: of `with_null`, embedded or as `DiT.text_keys` made it."""
     v_text, v_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), text, **attention).chunk(2)
-    return v_null + guidance * (v_text - v_null)  # v = v_null + g (v_text - v_null)
+    # v = v_null + g (v_text - v_null)
+    return v_null + guidance * (v_text - v_null)
 
 
 @torch.no_grad()
-def solve_ode(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE):
-    """Solve the bidirectional teacher's guided probability-flow ODE from noise x [B, T, C, h, w] at t = 1 to t = 0.
-
-    -> the states at schedule.timesteps(steps), [steps + 1, B, T, C, h, w], noise first, x0 last.
-    """
-    schedule, times, states = model.schedule, model.schedule.timesteps(steps), [x]
-    keys = model.text_keys(with_null(text))
+def solve_ode(velocity, x, times, schedule):
+    """Solve the probability-flow ODE dx/dt = v from x [B, T, C, h, w] at times[0] to times[-1].
+    velocity(x_t, t [B, T]) -> v. Returns the states at all of the times [N + 1, B, T, C, h, w]."""
+    states = [x]
     for t, r in itertools.pairwise(times):
-        v = guided_v(model, x, torch.full(x.shape[:2], float(t), device=x.device), keys, guidance)
+        v = velocity(x, torch.full(x.shape[:2], float(t), device=x.device))
         x = schedule.step(x, v, t, r)
         states.append(x)
     return torch.stack(states)
+
+
+@torch.no_grad()
+def solve_teacher(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE):
+    """Solve the bidirectional teacher's guided ODE from noise x [B, T, C, h, w]: its states at
+    schedule.timesteps(steps), [steps + 1, B, T, C, h, w], noise first, x0 last."""
+    keys = model.text_keys(with_null(text))
+
+    def velocity(x_t, t):
+        return guided_v(model, x_t, t, keys, guidance)
+
+    return solve_ode(velocity, x, model.schedule.timesteps(steps), model.schedule)

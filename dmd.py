@@ -1,208 +1,203 @@
-"""Stage 2: asymmetric distillation with DMD (CausVid, Algorithm 1): a causal student, a bidirectional teacher.
+"""Stage 2: DMD with a causal student and a bidirectional teacher (CausVid, Algorithm 1).
 
-python dmd.py           distils the shipped teacher into the shipped ODE-initialised student
+python dmd.py       distils the shipped teacher into the shipped ODE-initialised student
 """
 
 import copy
-import os
 
 import torch
 from torch.nn import functional as F
 
+import training
 from data import sample_clips
 from dataset import LatentClips
 from diffusion import GUIDANCE, flow_matching_loss, guided_v, noise_source, with_null
 from model import DiT
-from ode_init import STUDENT_STEPS, chunk_levels, student_sheet
+from ode_init import chunk_levels, student_sheet
 from sample import denoise_chunk, predict_x0, remember_chunk
 from text import TextEncoder
-from training import EMA, adamw, autocast, check_training, optimise, train, training_parser
 from vae import VAE
-from weights import load_model, run_main, save_weights, shipped
+from weights import UserError, check_fit, load_model, run_main, shipped
 
 
+# ---------------------------------------------------------------------------------------- the loss
 def dmd_loss(x0_hat, real, fake, schedule, t, eps):
-    """The distribution matching loss, whose gradient on the student's x0_hat [B, T, C, h, w] is
+    """Compute a loss whose gradient on the student's x0_hat [B, T, C, h, w] is DMD's (eq. 7, 8).
 
-        (x0_fake - x0_real) / mean |x0_hat - x0_real|                                             (DMD, equations 7 and 8)
+    real(x_t), fake(x_t): the x0 predictions of the teacher and of the fake score at t [B, T]; no
+    gradient reaches them. Returns (loss, mean |x0_hat - x0_real|).
 
-    That is the gradient of KL(p_fake || p_data) at time t: s_fake - s_real = alpha_t (x0_fake - x0_real) / sigma_t^2, weighted by
-    sigma_t^2 / alpha_t over the mean, which is taken over each clip and makes all t count alike. Like that of any mean it is
-    divided by the number of elements. real(x_t), fake(x_t): the teacher's and the fake score's x0 predictions at t [B, T].
-    Returns (loss, mean |x0_hat - x0_real|). No gradient reaches real or fake.
+    The gradient is that of KL(p_fake || p_data) at time t:
+    s_fake - s_real = alpha_t (x0_fake - x0_real) / sigma_t^2, weighted by sigma_t^2 / alpha_t over
+    the mean, which is taken over each clip and makes all t count alike. Like that of any mean it
+    is divided by the number of elements.
     """
     with torch.no_grad():
-        x_t = schedule.add_noise(
-            x0_hat, eps, t
-        )  # the student's clip, noised to one t for the whole clip
+        x_t = schedule.add_noise(x0_hat, eps, t)
         x0_real, x0_fake = real(x_t), fake(x_t)
-        distance = (x0_hat - x0_real).abs().flatten(1).mean(1)
-        gradient = (x0_fake - x0_real) / distance.reshape(-1, *[1] * (x0_hat.ndim - 1)).clamp(
-            min=1e-6
-        )
+        distance = (x0_hat - x0_real).abs().flatten(1).mean(1)  # [B]
+        weight = distance.reshape(-1, 1, 1, 1, 1).clamp(min=1e-6)
+        # gradient = (x0_fake - x0_real) / mean |x0_hat - x0_real|
+        gradient = (x0_fake - x0_real) / weight
     # a loss with this gradient: 1/2 || x0_hat - stopgrad(x0_hat - gradient) ||^2
     return 0.5 * F.mse_loss(x0_hat, (x0_hat - gradient).detach()), distance.mean()
 
 
+# --------------------------------------------------------------------------- what the student makes
 def student_x0(student, x0, text, generator):
-    """Algorithm 1, first half: noise each chunk of real latents x0 at its own student time, 0 included, and let the causal
-    student predict them all at once. -> x0_hat; a chunk at time 0 is context, and stays what it is."""
+    """Predict all chunks of real latents x0 at once, each noised to a student time of its own:
+    x0_hat (Algorithm 1, first half). A chunk at time 0 is context, and stays what it is."""
     c, schedule = student.config, student.schedule
-    level = chunk_levels(x0.shape[0], x0.shape[1], c.chunk, STUDENT_STEPS + 1, generator)
-    t = schedule.timesteps(STUDENT_STEPS).float()[level].to(x0.device)
+    level = chunk_levels(*x0.shape[:2], c.chunk, c.steps + 1, generator)
+    t = schedule.timesteps(c.steps).float()[level].to(x0.device)
     x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0.device), t)
     return schedule.x0(x_t, student(x_t, t, text, chunk=c.chunk, window=c.window).float(), t)
 
 
-def rollout(model, noise, times, text, generator, first=None, actions=None):
+def rollout(model, noise, times, prompt, generator, cache):
     """Generate the model's own clip, chunk by chunk from its own cache as in sampling: x0_hat.
 
     Self Forcing. Each chunk of noise [B, T, C, h, w] stops after a random number of the steps at
     times [N + 1]. The gradient goes through the last of them alone; what later chunks read of it
-    from the cache is a constant. first [B, F, C, h, w]: the clip goes on from these latents, at
-    most a window of them. actions [B, F + T]: see `DiT.forward`.
+    from the cache is a constant. prompt(frames): the keys after so many latent frames; cache: may
+    hold a past that the clip goes on from.
     """
-    k, given = model.config.chunk, 0 if first is None else first.shape[1]
-    renoise = noise_source(generator, noise.device)
-    cache, keys = model.new_cache(len(noise), *noise.shape[-2:]), model.text_keys(text)
-    if given:
-        remember_chunk(model, first, keys, cache, None if actions is None else actions[:, :given])
-    chunks = noise.split(k, dim=1)
-    acts = [None] * len(chunks) if actions is None else actions[:, given:].split(k, dim=1)
+    chunks, renoise = noise.split(cache.chunk, dim=1), noise_source(generator, noise.device)
     stops = torch.randint(1, len(times), (len(chunks),), generator=generator).tolist()
-    x0_hat = []
-    for x, stop, act in zip(chunks, stops, acts, strict=True):
+    x0_hat, frames = [], 0
+    for x, stop in zip(chunks, stops, strict=True):
+        keys = prompt(frames)
         with torch.no_grad():
-            x = denoise_chunk(model, x, times[:stop], keys, cache, renoise, act)
-        x0_hat.append(predict_x0(model, x, times[stop - 1], keys, cache, act))
-        remember_chunk(model, x0_hat[-1], keys, cache, act)
+            x = denoise_chunk(model, x, times[:stop], keys, cache, renoise)
+        x0_hat.append(predict_x0(model, x, times[stop - 1], keys, cache))
+        remember_chunk(model, x0_hat[-1], keys, cache)
+        frames += x.shape[1]
     return torch.cat(x0_hat, dim=1)
 
 
-def clip_times(count, frames, schedule, generator, device):
-    """One diffusion time for each whole clip: uniform over [0.02, 0.98], then shifted: [count, frames]."""
+def rollout_x0(student, x0, text, generator):
+    """Roll the student out from noise to clips shaped as x0, in place of `student_x0`."""
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    times = student.schedule.timesteps(student.config.steps)
+    cache, keys = student.new_cache(len(x0), *x0.shape[-2:]), student.text_keys(text)
+    return rollout(student, noise, times, lambda frames: keys, generator, cache)
+
+
+# -------------------------------------------------------------------------------------- Algorithm 1
+def clip_times(count, frames, schedule, generator):
+    """Draw one time for each whole clip: uniform over [0.02, 0.98], then shifted: [B, T]."""
     u = 0.02 + 0.96 * torch.rand(count, 1, generator=generator)
-    return schedule.shifted(u).expand(-1, frames).to(device)
+    return schedule.shifted(u).expand(-1, frames)
+
+
+class Distillation:
+    """The student, the frozen teacher and the online fake score, and the updates of Algorithm 1.
+
+    generate(student, x0, text, generator) -> x0_hat: `student_x0`, or `rollout_x0` (Self Forcing).
+    causal_scores: the teacher is a causal one, and so is the fake score (Table 4).
+    """
+
+    def __init__(self, student, teacher, generate, run, guidance, fake_updates, causal_scores):
+        self.student, self.teacher = student.train(), teacher.requires_grad_(False)
+        self.fake = copy.deepcopy(teacher).requires_grad_(True).train()
+        self.student_optimizer = training.adamw(student.parameters(), run.lr, betas=(0.0, 0.99))
+        self.fake_optimizer = training.adamw(self.fake.parameters(), 2 * run.lr, betas=(0.0, 0.99))
+        self.ema = training.EMA(student, 0.99)
+        self.generate, self.run = generate, run
+        self.guidance, self.fake_updates, self.attention = guidance, fake_updates, {}
+        if causal_scores:
+            self.attention = {"chunk": teacher.config.chunk, "window": teacher.config.window}
+
+    def state(self):
+        """All that a checkpoint must hold."""
+        names = ("student", "fake", "ema", "student_optimizer", "fake_optimizer")
+        return {name: getattr(self, name) for name in names}
+
+    def step(self, i, x0, text, generator):
+        """Generate clips; every fifth time update the student; always update the fake score."""
+        update = i % self.fake_updates == 0
+        with torch.set_grad_enabled(update), self.run.autocast():
+            x0_hat = self.generate(self.student, x0, text, generator)
+        t = clip_times(*x0.shape[:2], self.student.schedule, generator).to(x0.device)
+        numbers = {}
+        if update:
+            numbers = self.update_student(x0_hat, t, text, generator)
+            self.ema.update(self.student, i // self.fake_updates)
+        return numbers | self.update_fake(x0_hat.detach(), t, text, generator)
+
+    def update_student(self, x0_hat, t, text, generator):
+        """Move the student's clips x0_hat to where the teacher finds them likelier: DMD."""
+        schedule, prompts = self.student.schedule, with_null(text)
+
+        def real(x_t):
+            v = guided_v(self.teacher, x_t, t, prompts, self.guidance, **self.attention)
+            return schedule.x0(x_t, v, t)
+
+        def fake(x_t):
+            return schedule.x0(x_t, self.fake(x_t, t, text, **self.attention).float(), t)
+
+        eps = torch.randn(x0_hat.shape, generator=generator).to(x0_hat.device)
+        with self.run.autocast():
+            loss, distance = dmd_loss(x0_hat, real, fake, schedule, t, eps)
+        return {"grad": training.optimise(self.student_optimizer, loss), "distance": distance}
+
+    def update_fake(self, x0_hat, t, text, generator):
+        """Let the fake score learn the distribution of the student's clips x0_hat."""
+        with self.run.autocast():
+            loss = flow_matching_loss(self.fake, x0_hat, t, text, generator, **self.attention)
+        training.optimise(self.fake_optimizer, loss)
+        return {"fake_loss": loss}
 
 
 def main():
-    """Algorithm 1: five updates of the fake score on the student's clips for one of the student by `dmd_loss`."""
-    parser = training_parser(
-        "Distil the teacher into the causal few-step student.", 450, 8, 1e-4, "runs/dmd"
-    )
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the teacher")
-    parser.add_argument(
-        "--fake-updates",
-        type=int,
-        default=5,
-        help="fake-score updates for each update of the student",
-    )
-    parser.add_argument(
-        "--teacher",
-        default=shipped("teacher"),
-        help="weights that the scores start from",
-    )
-    parser.add_argument(
-        "--student",
-        default=shipped("ode_init"),
-        help="weights that the student starts from",
-    )
-    parser.add_argument(
-        "--causal-scores",
-        action="store_true",
-        help="the teacher is a causal one, and so is the fake score",
-    )
-    parser.add_argument(
-        "--rollout",
-        choices=["data", "self"],
-        default="data",
-        help="what the student denoises: noised data (CausVid), "
-        "or noise, chunk after chunk behind its own past (Self Forcing)",
-    )
-    parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
+    description = "Distil the teacher into the causal few-step student."
+    parser = training.model_parser(description, 450, 8, 1e-4, "runs/dmd")
+    add = parser.add_argument
+    add("--guidance", type=float, default=GUIDANCE, help="of the teacher")
+    add("--fake-updates", type=int, default=5, help="of the fake score for one of the student")
+    add("--teacher", default=shipped("teacher"), help="weights that the scores start from")
+    add("--student", default=shipped("ode_init"), help="weights that the student starts from")
+    told = "the teacher is a causal one, and so is the fake score"
+    add("--causal-scores", action="store_true", help=told)
+    told = "what it denoises: noised data (CausVid), or noise, from its own cache (Self Forcing)"
+    add("--rollout", choices=["data", "self"], default="data", help=told)
+    add("--clips", type=int, default=3072, help="clips in the training set")
     args = parser.parse_args()
-    check_training(args)
-    torch.manual_seed(args.seed)
-    vae, encoder = (
-        load_model(VAE, shipped("vae"), args.device),
-        load_model(TextEncoder, shipped("text_encoder"), args.device),
-    )
+    if args.fake_updates < 1:
+        raise UserError("--fake-updates must be at least 1")
+    run = training.start_run(args)
+    vae = load_model(VAE, args.vae, run.device)
+    encoder = load_model(TextEncoder, args.text_encoder, run.device)
+    teacher = load_model(DiT, args.teacher, run.device)
+    student = load_model(DiT, args.student, run.device)
+    given = (args.chunk, args.window, args.student_steps)
+    student.config = training.causal_config(student.config, *given)
+    check_fit(teacher, vae, encoder)
+    check_fit(student, vae, encoder)
     data = LatentClips(vae, sample_clips(args.clips, torch.Generator().manual_seed(0)))
-    teacher = load_model(DiT, args.teacher, args.device).requires_grad_(False)
-    fake = (
-        copy.deepcopy(teacher).requires_grad_(True).train()
-    )  # the online fake score starts as the teacher
-    student = load_model(DiT, args.student, args.device).train()
-    averaged, schedule = copy.deepcopy(student).eval(), student.schedule
-    attention = (
-        {"chunk": teacher.config.chunk, "window": teacher.config.window}
-        if args.causal_scores
-        else {}
-    )
-    ema = EMA(student, 0.99)
-    student_optimizer = adamw(student.parameters(), args.lr, betas=(0.0, 0.99))
-    fake_optimizer = adamw(fake.parameters(), 2 * args.lr, betas=(0.0, 0.99))
-
-    if args.compile:
-        for network in (teacher, fake) + (student,) * (
-            args.rollout == "data"
-        ):  # a graph for each length of a rollout's past does not pay
-            network.compile()
+    averaged = copy.deepcopy(student).eval()
+    generate = rollout_x0 if args.rollout == "self" else student_x0
+    scores = (args.guidance, args.fake_updates, args.causal_scores)
+    distillation = Distillation(student, teacher, generate, run, *scores)
+    if run.compile:
+        teacher.compile()
+        distillation.fake.compile()
+        if args.rollout == "data":  # a graph for each length of a rollout's past does not pay
+            student.compile()
 
     def step(i, generator):
-        x0, prompts = data.batch(args.batch_size, data.latents.shape[1], generator, args.device)
+        x0, prompts = data.batch(run.batch_size, data.frames, generator, run.device)
         with torch.no_grad():
             text = encoder(prompts)
-        update, numbers = i % args.fake_updates == 0, {}
-        with torch.set_grad_enabled(update), autocast(args):
-            if args.rollout == "self":
-                x0_hat = rollout(
-                    student,
-                    torch.randn(x0.shape, generator=generator).to(args.device),
-                    schedule.timesteps(STUDENT_STEPS),
-                    text,
-                    generator,
-                )
-            else:
-                x0_hat = student_x0(student, x0, text, generator)
-        t = clip_times(*x0.shape[:2], schedule, generator, args.device)
-        if update:  # one update of the student for five of the fake score
-            real = lambda x_t: schedule.x0(
-                x_t, guided_v(teacher, x_t, t, with_null(text), args.guidance, **attention), t
-            )
-            eps = torch.randn(x0.shape, generator=generator).to(args.device)
-            with autocast(args):
-                of_fake = lambda x_t: schedule.x0(x_t, fake(x_t, t, text, **attention).float(), t)
-                loss, distance = dmd_loss(x0_hat, real, of_fake, schedule, t, eps)
-            numbers = {"grad": optimise(student_optimizer, loss), "distance": distance}
-            ema.update(student, i // args.fake_updates)
-        with autocast(args):  # the fake score learns the student's distribution
-            fake_loss = flow_matching_loss(fake, x0_hat.detach(), t, text, generator, **attention)
-        optimise(fake_optimizer, fake_loss)
-        return numbers | {"fake_loss": fake_loss}
+        return distillation.step(i, x0, text, generator)
 
     def sheet(path):
-        averaged.load_state_dict(ema.shadow)
+        averaged.load_state_dict(distillation.ema.shadow)
         return student_sheet(averaged, vae, encoder, path)
 
-    state = {
-        "student": student,
-        "fake": fake,
-        "ema": ema,
-        "student_optimizer": student_optimizer,
-        "fake_optimizer": fake_optimizer,
-    }
-    if train(args, state, step, sheet):
-        path = os.path.join(args.out, "student.safetensors")
-        save_weights(
-            path,
-            ema.shadow,
-            student.config,
-            stage="student",
-            steps=args.steps,
-            seconds=round(args.seconds),
-        )
-        print(f"wrote {path}")
+    seconds = training.train(run, distillation.state(), step, sheet)
+    if seconds is not None:
+        training.write_trained(run, "student", distillation.ema.shadow, student.config, seconds)
 
 
 if __name__ == "__main__":

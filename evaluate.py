@@ -1,12 +1,12 @@
-"""Measures of what a model makes, in a world whose truth is known: alignment with the text, quality of frames and of motion.
+"""Quality tables: what models make of held-out prompts, the ablation, and quality over time.
 
-Everything is recovered from the pixels alone (metrics.py).
+Everything is measured from the pixels alone (metrics.py).
 
-    python evaluate.py      samples the shipped teacher and student with held-out prompts and prints a table
+    python evaluate.py      samples the shipped teacher and student with held-out prompts
 """
 
 import argparse
-import itertools
+import functools
 import os
 import subprocess
 import sys
@@ -15,221 +15,119 @@ from dataclasses import fields
 import torch
 from tqdm import tqdm
 
-from data import FPS, FRAMES, SIZE, sample_clips
-from diffusion import GUIDANCE, TEACHER_STEPS, solve_ode
-from metrics import Recovered, diversity, frame_quality, measure, recover
+import sample
+import weights
+from data import FPS, FRAMES, sample_clips
+from diffusion import TEACHER_STEPS, noise_source, with_null
+from metrics import Recovered, diversity, measure, recover
 from model import DiT
-from nfd_world import actions_obeyed, sample_walks
-from play import Player
-from sample import stream
 from text import TextEncoder
 from training import write_results
 from vae import VAE
-from weights import ROOT, UserError, choose_device, load_model, run_main, shipped
+from weights import ROOT, UserError, load_model, run_main, shipped
+
+SPAN = 5 * FPS  # frames of a window of `over_time`
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------------- sampling
+def stream_guided(model, vae, text, generator, steps):
+    """Stream the causal many-step model's videos, guided: see `sample.stream`."""
+    noise, keys = noise_source(generator, text.device), model.text_keys(with_null(text))
+    shape = sample.chunk_shape(model, vae, len(text))
+    starts = sample.from_noise(noise, shape, model.schedule.timesteps(steps))
+    cache = model.new_cache(2 * len(text), *shape[-2:])
+    denoise = functools.partial(sample.solve_chunk, model)
+    return sample.stream(model, vae, sample.prompt_at([(0, keys)]), starts, cache, denoise)
+
+
+@torch.no_grad()
 def make_videos(kind, model, vae, text, generator, frames=FRAMES, steps=TEACHER_STEPS):
-    """Sample `frames` frames with embedded prompts text [B, S, text_dim] -> video [B, F, 3, 64, 64].
+    """Sample videos [B, frames, 3, 64, 64] of embedded prompts text [B, S, text_dim].
 
-    kind: "teacher", bidirectional in many `steps`; "causal", as many, guided, chunk by chunk; "student", 4 steps chunk by chunk.
+    kind: "teacher", bidirectional in many `steps`; "causal", as many, guided, chunk by chunk;
+    "student", in few steps, chunk by chunk.
     """
     if kind == "teacher":
-        c, side = model.config, SIZE // 8
-        noise = torch.randn(
-            len(text),
-            1 + (frames - 1) // vae.config.time_stride,
-            c.in_dim,
-            side,
-            side,
-            generator=generator,
-        )
-        return vae.decode(solve_ode(model, noise.to(text.device), text, steps)[-1])[:, :frames]
-    source = (
-        stream(model, vae, text, generator)
-        if kind == "student"
-        else stream(model, vae, text, generator, steps, guidance=GUIDANCE)
-    )
+        return sample.sample_teacher(model, vae, text, generator, frames, steps)[1]
+    if kind == "causal":
+        source = stream_guided(model, vae, text, generator, steps)
+    else:
+        source = sample.text_to_video(model, vae, text, generator)
     parts = []
     while sum(part.shape[1] for part in parts) < frames:
         parts.append(next(source)[1])
     return torch.cat(parts, dim=1)[:, :frames]
 
 
-@torch.no_grad()
+# -------------------------------------------------------------------------------------- measuring
 def evaluate(
     kind, model, vae, encoder, count=200, split="held-out", seed=0, batch=10, name="model"
 ):
-    """Measures of `count` clips sampled with prompts of a split: name -> 0 .. 100.
+    """Measure `count` clips sampled with prompts of a split: name -> 0 .. 100.
 
-    Diversity is measured on 16 clips for each of the first 4 prompts beside them, fewer prompts if `count` is below 64."""
-    generator, values, groups = torch.Generator().manual_seed(seed), [], min(4, count // 16)
-    clips = sample_clips(count, generator, split)
-    bar = tqdm(total=count + 16 * groups, unit="clip", desc=name)
-    for start in range(0, count, batch):
-        part = clips[start : start + batch]
-        video = make_videos(kind, model, vae, encoder(part.prompts()), generator).cpu()
-        values.append(measure(video, part))
-        bar.update(len(part))
+    Diversity is measured on 16 clips for each of the first 4 prompts beside them, fewer prompts if
+    `count` is below 64.
+    """
+    generator, groups = torch.Generator().manual_seed(seed), min(4, count // 16)
+    clips, values, made = sample_clips(count, generator, split), [], []
+    with tqdm(total=count + 16 * groups, unit="clip", desc=name) as bar:
+        for start in range(0, count, batch):
+            part = clips[start : start + batch]
+            text = encoder(part.prompts())
+            values.append(measure(make_videos(kind, model, vae, text, generator).cpu(), part))
+            bar.update(len(part))
+        for index in range(groups):
+            text = encoder(clips[index : index + 1].prompts() * 16)
+            made.append(make_videos(kind, model, vae, text, generator).cpu())
+            bar.update(16)
     result = {key: torch.cat([v[key] for v in values]).mean().item() for key in values[0]}
-    made = []
-    for index in range(groups):
-        made.append(
-            make_videos(
-                kind, model, vae, encoder(clips[index : index + 1].prompts() * 16), generator
-            ).cpu()
-        )
-        bar.update(16)
-    bar.close()
-    return result | ({"diversity": diversity(torch.stack(made), clips[:groups])} if groups else {})
+    if made:
+        result["diversity"] = diversity(torch.stack(made), clips[:groups])
+    return result
 
 
-@torch.no_grad()
 def over_time(kind, model, vae, encoder, seconds=60, count=20, seed=0, batch=5, name="model"):
-    """Figure 8: measures of a long stream in windows of 5 seconds, one a second: name -> [windows], means over `count` held-out clips."""
-    generator, width, windows = torch.Generator().manual_seed(seed), FRAMES - 1, []
-    clips = sample_clips(count, generator, "held-out")
+    """Measure a long stream in windows of 5 seconds, one a second: name -> [windows] (Figure 8).
+    Means over `count` held-out clips."""
+    generator, windows = torch.Generator().manual_seed(seed), []
+    clips, frames = sample_clips(count, generator, "held-out"), seconds * FPS
     for start in tqdm(range(0, count, batch), desc=name, unit="batch"):
-        part = clips[start : start + batch]
-        video = make_videos(
-            kind, model, vae, encoder(part.prompts()), generator, frames=seconds * FPS
-        ).cpu()
+        part, measured = clips[start : start + batch], []
+        text = encoder(part.prompts())
+        video = make_videos(kind, model, vae, text, generator, frames).cpu()
         found = recover(video)
-        cut = lambda first: Recovered(
-            *(getattr(found, f.name)[:, first : first + width] for f in fields(found))
-        )
-        windows.append(
-            [
-                measure(video[:, first : first + width], part, cut(first))
-                for first in range(0, seconds * FPS - width + 1, FPS)
-            ]
-        )
+        for first in range(0, frames - SPAN + 1, FPS):
+            span = slice(first, first + SPAN)
+            cut = Recovered(*(getattr(found, f.name)[:, span] for f in fields(found)))
+            measured.append(measure(video[:, span], part, cut))
+        windows.append(measured)
     return {
-        key: [torch.cat([w[i][key] for w in windows]).mean().item() for i in range(len(windows[0]))]
+        key: [
+            torch.cat([m[key] for m in column]).mean().item()
+            for column in zip(*windows, strict=True)
+        ]
         for key in windows[0][0]
     }
 
 
-def play_walks(
-    model,
-    vae,
-    encoder,
-    count=8,
-    frames=60 * FPS,
-    steps=4,
-    guidance=None,
-    seed=1,
-    name=None,
-    ahead=None,
-):
-    """Stream random walks of the action world (NFD) frame by frame -> (video [B, F, 3, 64, 64], measures name -> 0 .. 100).
-
-    action accuracy (`actions_obeyed`), frame quality and looks (frames with the prompt's colour,
-    shape and background), each also of the last 10 seconds.
-    ahead: as play.py plays them instead, one after the other, with speculative sampling of at most so many frames."""
-    generator = torch.Generator().manual_seed(seed)
-    walks = sample_walks(count, frames, generator)
-    text = encoder(walks.prompts())
-    bar = lambda made, total: tqdm(made, total=total, unit="frame", desc=name, disable=name is None)
-    if ahead:
-        worlds = [
-            Player(model, vae, text[i : i + 1], generator, steps, ahead) for i in range(count)
-        ]
-        plays = ((worlds[i], action) for i in range(count) for action in walks.actions[i].tolist())
-        video = torch.stack(
-            [world.step(action).cpu() for world, action in bar(plays, count * frames)]
-        ).unflatten(0, (count, frames))
-    else:
-        source = stream(
-            model,
-            vae,
-            text,
-            generator,
-            steps,
-            guidance=guidance,
-            actions=lambda made: walks.actions[:, made : made + 1].to(text.device),
-        )
-        video = torch.cat(
-            [video.cpu() for _, video in bar(itertools.islice(source, frames), frames)], dim=1
-        )
-    found = recover(video)
-    looks = torch.stack(
-        [
-            getattr(found, name) == getattr(walks, name)[:, None]
-            for name in ("colour", "shape", "background")
-        ]
-    ).all(0)
-    measured = {
-        "action accuracy": actions_obeyed(found, walks.actions),
-        "frame quality": frame_quality(video, found),
-        "looks": looks,
-    }
-    return video, {
-        name + part: 100 * value.float()[:, span].mean().item()
-        for part, span in (("", slice(None)), (", last 10 s", slice(-10 * FPS, None)))
-        for name, value in measured.items()
-    }
+def first_and_last(rows):
+    """Average the first and the last 10 seconds of rows of `over_time`, for their table."""
+    means = {}
+    for name, row in rows.items():
+        for part, span in (("first", slice(0, 6)), ("last", slice(-6, None))):
+            means[f"{name}, {part} 10 s"] = {k: sum(v[span]) / 6 for k, v in row.items()}
+    return means
 
 
 def table(rows):
     """Rows name -> measures as a markdown table."""
     hidden = ("identity", "steadiness", "track")  # they make up the temporal quality
-    columns = list(
-        dict.fromkeys(column for row in rows.values() for column in row if column not in hidden)
-    )
+    columns = dict.fromkeys(c for row in rows.values() for c in row if c not in hidden)
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(
-        lines
-        + [
-            f"| {name} | " + " | ".join(f"{row[c]:.1f}" if c in row else "" for c in columns) + " |"
-            for name, row in rows.items()
-        ]
-    )
-
-
-# Table 4 of the paper, and self-rollout: name, how it samples, its weights, and the command that trains them if they are not there;
-# paths are of the project's folder
-CAUSAL = "runs/causal_teacher/causal_teacher.safetensors"
-ABLATION = [
-    ("many steps, bidirectional", "teacher", "weights/teacher.safetensors", None),
-    ("many steps, causal", "causal", CAUSAL, "teacher.py --causal --steps 450"),
-    (
-        "4 steps, no ODE init",
-        "student",
-        "runs/dmd_no_ode_init/student.safetensors",
-        "dmd.py --student weights/teacher.safetensors",
-    ),
-    ("4 steps, ODE init alone", "student", "weights/ode_init.safetensors", None),
-    (
-        "4 steps, ODE init, causal teacher",
-        "student",
-        "runs/dmd_causal/student.safetensors",
-        f"dmd.py --causal-scores --teacher {CAUSAL}",
-    ),
-    (
-        "4 steps, ODE init, bidirectional teacher",
-        "student",
-        "runs/dmd_bidirectional/student.safetensors",
-        "dmd.py",
-    ),
-    (
-        "the same with self-rollout",
-        "student",
-        "runs/dmd_self/student.safetensors",
-        "dmd.py --rollout self",
-    ),
-]
-
-
-def train_missing(path, command, options):
-    """Run the training script that writes the weights `path`, or go on with it. Raises UserError if it does not get to its end."""
-    out = os.path.dirname(path)
-    resume = ["--resume"] if os.path.exists(os.path.join(out, "checkpoint.pt")) else []
-    subprocess.run([sys.executable, *command.split(), "--out", out, *options, *resume], cwd=ROOT)
-    if not os.path.exists(path):
-        raise UserError(
-            f"training stopped before {path} was written; the same command goes on with it"
-        )
+    for name, row in rows.items():
+        cells = [f"{row[c]:.1f}" if c in row else "" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def draw_over_time(rows, path):
@@ -241,7 +139,7 @@ def draw_over_time(rows, path):
 
     panels = ("text alignment", "frame quality", "temporal quality")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.2), sharey=True)
-    for axis, key in zip(axes, panels):
+    for axis, key in zip(axes, panels, strict=True):
         for name, row in rows.items():
             axis.plot([5 + i for i in range(len(row[key]))], row[key], label=name)
         axis.set(title=key, xlabel="seconds", ylim=(0, 102))
@@ -250,128 +148,91 @@ def draw_over_time(rows, path):
     figure.savefig(path, dpi=110)
 
 
+# --------------------------------------------------------------------------------- the ablation
+TEACHER, ODE_INIT = "weights/teacher.safetensors", "weights/ode_init.safetensors"
+CAUSAL = "runs/causal_teacher/causal_teacher.safetensors"
+DMD = {kind: f"runs/dmd_{kind}/student.safetensors" for kind in ("no_ode_init", "causal", "self")}
+BIDIRECTIONAL = "runs/dmd_bidirectional/student.safetensors"
+CAUSAL_DMD = f"dmd.py --causal-scores --teacher {CAUSAL}"
+# Table 4 of the paper, and self-rollout: name, how it samples, its weights, and the command that
+# trains them if they are not there; paths are of the project's folder
+ABLATION = [
+    ("many steps, bidirectional", "teacher", TEACHER, None),
+    ("many steps, causal", "causal", CAUSAL, "teacher.py --causal --steps 450"),
+    ("4 steps, no ODE init", "student", DMD["no_ode_init"], f"dmd.py --student {TEACHER}"),
+    ("4 steps, ODE init alone", "student", ODE_INIT, None),
+    ("4 steps, ODE init, causal teacher", "student", DMD["causal"], CAUSAL_DMD),
+    ("4 steps, ODE init, bidirectional teacher", "student", BIDIRECTIONAL, "dmd.py"),
+    ("the same with self-rollout", "student", DMD["self"], "dmd.py --rollout self"),
+]
+
+
+def train_missing(path, command, options):
+    """Run the training script that writes the weights `path`, or resume it.
+    Raises UserError if it does not get to its end."""
+    out = os.path.dirname(path)
+    resume = ["--resume"] if os.path.exists(os.path.join(out, "checkpoint.pt")) else []
+    subprocess.run([sys.executable, *command.split(), "--out", out, *options, *resume], cwd=ROOT)
+    if not os.path.exists(path):
+        message = f"training stopped before {path} was written; the same command resumes it"
+        raise UserError(message)
+
+
+def ablation_jobs(options):
+    """Train what is missing of the ablation: its jobs [(name, kind, path)]."""
+    jobs = [(name, kind, os.path.join(ROOT, path)) for name, kind, path, _ in ABLATION]
+    for (_, _, path), (*_, command) in zip(jobs, ABLATION, strict=True):
+        if command and not os.path.exists(path):
+            train_missing(path, command, options)
+    return jobs
+
+
+# ---------------------------------------------------------------------------------- command line
 def main():
     parser = argparse.ArgumentParser(description="Measure what models make of held-out prompts.")
     add = parser.add_argument
-    add(
-        "--teacher",
-        nargs="*",
-        default=[shipped("teacher")],
-        help="weights to sample in many steps, bidirectionally",
-    )
-    add(
-        "--student",
-        nargs="*",
-        default=[shipped("student")],
-        help="weights to stream in 4 steps",
-    )
+    told = "weights to sample in many steps, bidirectionally"
+    add("--teacher", nargs="*", default=[shipped("teacher")], help=told)
+    told = "weights to stream in few steps"
+    add("--student", nargs="*", default=[shipped("student")], help=told)
     add("--causal", nargs="*", default=[], help="weights to stream in many guided steps")
-    add(
-        "--ablation",
-        action="store_true",
-        help="the paper's Table 4 instead, after training what is missing",
-    )
-    add(
-        "--train-options",
-        default="",
-        help='options for the trainings of --ablation, such as "--steps 600 --batch-size 8" (but =--compile for a single one)',
-    )
-    add(
-        "--over-time",
-        action="store_true",
-        help="measure over a long stream (the paper's Figure 8); with matplotlib also a picture",
-    )
-    add(
-        "--play",
-        action="store_true",
-        help="the action world instead: the action teacher in 16 steps of its ODE and in the player's 4, and the player, over long streams of at most 20 walks",
-    )
-    add(
-        "--seconds",
-        type=int,
-        default=60,
-        help="length of the streams of --over-time and --play, 15 or more",
-    )
+    told = "the paper's Table 4 instead, after training what is missing"
+    add("--ablation", action="store_true", help=told)
+    told = 'flags for the trainings of --ablation, such as "--steps 600 --batch-size 8"'
+    add("--train-options", default="", help=told)
+    told = "measure over a long stream (the paper's Figure 8); with matplotlib also a picture"
+    add("--over-time", action="store_true", help=told)
+    add("--seconds", type=int, default=60, help="length of --over-time, 15 or more")
     add("--clips", type=int, default=200)
     add("--split", default="held-out", choices=["held-out", "train"])
     add("--seed", type=int, default=0)
     add("--device", default="auto")
-    add(
-        "--out",
-        default="runs/evaluate",
-        help="FILE: writes FILE.json and FILE.md, and with --over-time FILE.png",
-    )
+    weights.codec_flags(parser)
+    told = "FILE: writes FILE.json and FILE.md, and with --over-time FILE.png"
+    add("--out", default="runs/evaluate", help=told)
     args = parser.parse_args()
     if args.clips < 1 or args.seconds < 15:
         raise UserError("--clips must be at least 1 and --seconds at least 15")
-    device = choose_device(args.device)
-    jobs = [
-        (f"{kind} {os.path.relpath(path)}", kind, path)
-        for kind in ("teacher", "causal", "student")
-        for path in getattr(args, kind)
-    ]
+    device, _ = weights.on_device(args.device)
+    jobs = []
+    for kind in ("teacher", "causal", "student"):
+        jobs += [(f"{kind} {os.path.relpath(path)}", kind, path) for path in getattr(args, kind)]
     if args.ablation:
-        jobs = [(name, kind, os.path.join(ROOT, path)) for name, kind, path, _ in ABLATION]
-        for (_, _, path), (*_, command) in zip(jobs, ABLATION):
-            if command and not os.path.exists(path):
-                train_missing(path, command, args.train_options.split())
-    encoder, rows = load_model(TextEncoder, shipped("text_encoder"), device), {}
-    if args.play:
-        vae, jobs = load_model(VAE, shipped("vae_frame"), device), []
-        for name, file, steps, guidance, ahead in (
-            ("action teacher, 16 steps", "action_teacher", 16, 1, None),
-            ("action teacher, 4 steps", "action_teacher", 4, None, None),
-            ("player, 4 steps", "player", 4, None, None),
-            ("player, 4 steps, speculative", "player", 4, None, 8),
-        ):
-            model, count = (
-                load_model(DiT, shipped(file), device),
-                min(args.clips, 20),
-            )
-            rows[name] = play_walks(
-                model,
-                vae,
-                encoder,
-                count,
-                args.seconds * FPS,
-                steps,
-                guidance,
-                args.seed,
-                name,
-                ahead,
-            )[1]
-    vae, models = (
-        load_model(VAE, shipped("vae"), device),
-        [load_model(DiT, path, device) for _, _, path in jobs],
-    )
-    for (name, kind, _), model in zip(jobs, models):
-        if args.over_time and kind != "teacher":
-            rows[name] = over_time(
-                kind,
-                model,
-                vae,
-                encoder,
-                args.seconds,
-                count=min(args.clips, 20),
-                seed=args.seed,
-                name=name,
-            )
-        elif not args.over_time:
-            rows[name] = evaluate(
-                kind, model, vae, encoder, args.clips, args.split, args.seed, name=name
-            )
-    text = table(
-        {
-            f"{name}, {part} 10 s": {k: sum(v[span]) / len(v[span]) for k, v in row.items()}
-            for name, row in rows.items()
-            for part, span in (("first", slice(0, 6)), ("last", slice(-6, None)))
-        }
-        if args.over_time
-        else rows
-    )
-    write_results(
-        args.out, {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}, text
-    )
+        jobs = ablation_jobs(args.train_options.split())
+    encoder = load_model(TextEncoder, args.text_encoder, device)
+    vae, rows = load_model(VAE, args.vae, device), {}
+    models = [load_model(DiT, path, device) for _, _, path in jobs]
+    for model in models:
+        weights.check_fit(model, vae, encoder)
+    for (name, kind, _), model in zip(jobs, models, strict=True):
+        world = (kind, model, vae, encoder)
+        if not args.over_time:
+            rows[name] = evaluate(*world, args.clips, args.split, args.seed, name=name)
+        elif kind != "teacher":
+            count = min(args.clips, 20)
+            rows[name] = over_time(*world, args.seconds, count, args.seed, name=name)
+    told = {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}
+    write_results(args.out, told, table(first_and_last(rows) if args.over_time else rows))
     if args.over_time:
         try:
             draw_over_time(rows, args.out + ".png")

@@ -1,7 +1,8 @@
-"""The diffusion transformer and the diffusion schedule.
+"""The diffusion transformer.
 
-`DiT` is the text-to-video transformer of Wan 2.1 with the parameter names of its release. Two things are added, neither of
-which adds a parameter: each latent frame has its own diffusion time, and attention can be block-causal, with a cache.
+`DiT` is the text-to-video transformer of Wan 2.1 with the parameter names of its release. Two
+things are added, neither of which adds a parameter: each latent frame has its own diffusion time,
+and attention can be block-causal, with a cache.
 """
 
 import math
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from attention import CrossAttention, KVCache, SelfAttention, rope_angles, rope_table
 from diffusion import Schedule
@@ -30,14 +32,39 @@ class ModelConfig:
     shift: float = 5.0  # timestep shift that the model was trained with and samples with
     chunk: int = 3  # k, latent frames a chunk when used causally
     window: int = 4  # W, chunks that a chunk sees when used causally, itself included
-    num_actions: int = 0  # actions that lead from frame to frame (NFD); 0: a text-to-video model
+    steps: int = 4  # N, denoising steps of a distilled student
 
     def __post_init__(self):
         self.patch_size = tuple(self.patch_size)  # JSON has lists alone
+        for name, value in vars(self).items():
+            kind = (int, float) if name == "shift" else int
+            sizes = value if name == "patch_size" else (value,)
+            if not all(isinstance(size, kind) and size > 0 for size in sizes):
+                raise ValueError(f"{name} must be a number of at least 1, not {value!r}")
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim {self.dim} must split into {self.num_heads} heads of even width")
+
+
+def frames_of(x, time):
+    """View tokens x [B, L, D] by the latent frames of time [B, T, ...]: [B, T, L / T, D]."""
+    return x.unflatten(1, (time.shape[1], -1))
+
+
+def modulate(x, shift, scale):
+    """Shift and scale tokens x [B, L, D] by vectors of their frame, each [B, T, 1, D]."""
+    # x (1 + scale) + shift
+    return torch.addcmul(shift, frames_of(x, shift), 1 + scale).flatten(1, 2)
+
+
+def add_gated(x, y, gate):
+    """Add y to tokens x, both [B, L, D], through a gate of their frame [B, T, 1, D]."""
+    # x + gate y
+    return torch.addcmul(frames_of(x, gate), frames_of(y, gate), gate).flatten(1, 2)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the first and the last modulated by the frame's diffusion time."""
+    """Self-attention, cross-attention, feed-forward; six vectors of each latent frame's diffusion
+    time modulate the first and the last (Wan 2.1, DiT's adaLN)."""
 
     def __init__(self, c):
         super().__init__()
@@ -46,24 +73,19 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(c.dim, 1e-6)
         self.cross_attn = CrossAttention(c.dim, c.num_heads)
         self.norm2 = nn.LayerNorm(c.dim, 1e-6, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim)
-        )
+        up, down = nn.Linear(c.dim, c.ffn_dim), nn.Linear(c.ffn_dim, c.dim)
+        self.ffn = nn.Sequential(up, nn.GELU(approximate="tanh"), down)
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
 
     def forward(self, x, time, keys, **attention):
-        """x [B, L, D], time [B, T, 6, D], keys: the prompt's for this layer; attention: arguments of SelfAttention."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            (self.modulation + time).unsqueeze(3).unbind(2)
-        )  # each [B, T, 1, D]
-        frames = lambda y: y.unflatten(1, (time.shape[1], -1))  # [B, T, hw, D]
-        modulate = lambda y, shift, scale: torch.addcmul(shift, frames(y), 1 + scale).flatten(1, 2)
-        gated = lambda x, y, gate: torch.addcmul(frames(x), frames(y), gate).flatten(
-            1, 2
-        )  # x + gate y
-        x = gated(x, self.self_attn(modulate(self.norm1(x), shift1, scale1), **attention), gate1)
+        """x [B, L, D]; time [B, T, 6, D]; keys: the prompt's; attention: see `SelfAttention`."""
+        vectors = (self.modulation + time).unsqueeze(3).unbind(2)  # six of [B, T, 1, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
+        y = self.self_attn(modulate(self.norm1(x), shift1, scale1), **attention)
+        x = add_gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x), keys)
-        return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        y = self.ffn(modulate(self.norm2(x), shift2, scale2))
+        return add_gated(x, y, gate2)
 
 
 class Head(nn.Module):
@@ -76,14 +98,14 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
 
     def forward(self, x, time):
-        """x [B, L, D], time [B, T, D] -> [B, L, patch * out_dim]."""
+        """x [B, L, D]; time [B, T, D] -> [B, L, patch * out_dim]."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-        y = self.norm(x).unflatten(1, (time.shape[1], -1))
+        y = frames_of(self.norm(x), time)
         return self.head((y * (1 + scale) + shift).flatten(1, 2))
 
 
 def sinusoidal_embedding(t, dim):
-    """[cos, sin] of t [...] at dim / 2 frequencies from 1 to 1/10000 -> [..., dim], computed in float64 as Wan does."""
+    """Embed t [...] as [cos, sin] at dim / 2 frequencies from 1 to 1/10000: [..., dim], float64."""
     half = dim // 2
     frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
     angles = t.double()[..., None] * frequencies
@@ -91,15 +113,14 @@ def sinusoidal_embedding(t, dim):
 
 
 class DiT(nn.Module):
-    """v(x_t, t, text): the network of every stage. Teacher: chunk=None. Student: chunk=k, with a cache when it samples."""
+    """v(x_t, t, text), the network of every stage: the teacher's without a chunk, the student's
+    with chunk=k and, to sample, with a cache."""
 
     Config = ModelConfig
 
-    def __init__(self, config=ModelConfig()):
+    def __init__(self, config=None):
         super().__init__()
-        self.config, c = config, config
-        if c.dim % c.num_heads or (c.dim // c.num_heads) % 2:
-            raise ValueError(f"dim {c.dim} must split into {c.num_heads} heads of even width")
+        self.config = c = config or ModelConfig()
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim)
@@ -108,9 +129,6 @@ class DiT(nn.Module):
             nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
-        if c.num_actions:
-            self.action_embedding = nn.Embedding(c.num_actions, c.dim)
-            nn.init.normal_(self.action_embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
         for module in self.modules():
@@ -124,83 +142,63 @@ class DiT(nn.Module):
         return Schedule(shift=self.config.shift)
 
     def text_keys(self, text):
-        """Prompt embeddings [B, S, text_dim] -> every layer's cross-attention keys and values: once per prompt, not per step."""
+        """Compute every layer's cross-attention keys and values of text [B, S, text_dim]: once for
+        a prompt, not at every step."""
         text = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
         return [block.cross_attn.keys(text) for block in self.blocks]
 
-    def new_cache(self, batch, height, width, chunk=None, window=None, ahead=1):
-        """An empty KVCache for latents of height x width; chunk and window default to the config's. ahead: see there."""
+    def new_cache(self, batch, height, width, window=None, ahead=1):
+        """Make an empty KVCache for latents of height x width; window: the config's by default."""
         c, weight = self.config, self.patch_embedding.weight
-        return KVCache(
-            c.num_layers,
-            batch,
-            chunk or c.chunk,
-            window or c.window,
-            height // c.patch_size[1],
-            width // c.patch_size[2],
-            c.num_heads,
-            c.dim // c.num_heads,
-            ahead=ahead,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        _, ph, pw = c.patch_size
+        chunks, heads = (c.chunk, window or c.window), (c.num_heads, c.dim // c.num_heads)
+        size = (c.num_layers, batch, *chunks, height // ph, width // pw, *heads)
+        return KVCache(*size, ahead=ahead, device=weight.device, dtype=weight.dtype)
 
-    def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None, actions=None):
+    def patches(self, x_t, grid):
+        """Cut latents [B, T, C, h, w] into a grid of patches and embed them: [B, L, D]."""
+        pt, ph, pw = self.config.patch_size
+        x = (
+            x_t.unflatten(1, (grid[0], pt))
+            .unflatten(-2, (grid[1], ph))
+            .unflatten(-1, (grid[2], pw))
+        )
+        x = x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)  # as the kernel is flattened
+        weight = self.patch_embedding.weight
+        return F.linear(x.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+
+    def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None, frame=None):
         """Predict v for noisy latents.
 
-        x_t [B, T, C, h, w]; t [B, T] in [0, 1], one per latent frame; text [B, S, text_dim], or what `text_keys` made of it.
-        chunk=None: bidirectional over all that is given. chunk=k: block-causal, chunks of k latent frames, of which each
-        sees itself and the window - 1 before it (None: all). cache: the new chunks come after the cache's past, whose keys they see.
-        actions [B, T]: the action that leads to each frame, for a model that has actions.
-        -> v, shaped as x_t. Raises ValueError for latents that do not split into patches, and for actions where there are none.
+        x_t [B, T, C, h, w]; t [B, T]; text [B, S, text_dim], or what `text_keys` made of it.
+        chunk=None: bidirectional. chunk=k: block-causal, in chunks of k latent frames, each seeing
+        itself and the window - 1 before it (None: all). cache: the frames come after its past,
+        and chunk and window are the cache's. frame [B, T, D]: added to the time embedding.
+        -> v, shaped as x_t. Raises ValueError for latents that do not split into patches.
         """
-        B, T, C, h, w = x_t.shape
-        (pt, ph, pw), c = self.config.patch_size, self.config
+        c = self.config
+        T, C, h, w = x_t.shape[1:]
+        pt, ph, pw = c.patch_size
         if c.in_dim != C or T % pt or h % ph or w % pw:
             raise ValueError(
-                f"latents {tuple(x_t.shape)} need {c.in_dim} channels and sides divisible by the patch {c.patch_size}"
-            )
-        if (actions is None) != (c.num_actions == 0):
-            raise ValueError(
-                f"a model with {c.num_actions} actions needs "
-                + ("actions" if c.num_actions else "none")
+                f"latents {tuple(x_t.shape)} need {c.in_dim} channels "
+                f"and sides divisible by the patch {c.patch_size}"
             )
         grid = (T // pt, h // ph, w // pw)
-        # patches, flattened as the convolution's weight is: one matrix product
-        x = (
-            x_t.reshape(B, grid[0], pt, C, grid[1], ph, grid[2], pw)
-            .permute(0, 1, 4, 6, 3, 2, 5, 7)
-            .reshape(B, math.prod(grid), -1)
-        )
-        x = nn.functional.linear(
-            x.to(self.patch_embedding.weight.dtype),
-            self.patch_embedding.weight.flatten(1),
-            self.patch_embedding.bias,
-        )
-
-        time = self.time_embedding(
-            sinusoidal_embedding(t[:, ::pt] * 1000, c.freq_dim).to(x.dtype)
-        )  # [B, T, D]
-        if actions is not None:
-            time = time + self.action_embedding(
-                actions[:, ::pt]
-            )  # NFD: the action that leads to the frame
+        x = self.patches(x_t, grid)  # [B, L, D]
+        time = self.time_embedding(sinusoidal_embedding(t[:, ::pt] * 1000, c.freq_dim).to(x.dtype))
+        if frame is not None:
+            time = time + frame[:, ::pt]  # [B, T, D]
         modulation = self.time_projection(time).unflatten(-1, (6, c.dim))  # [B, T, 6, D]
         keys = self.text_keys(text) if torch.is_tensor(text) else text
-        start = cache.frames if cache is not None else 0
+        start = 0
+        if cache is not None:
+            start, chunk, window = cache.frames, cache.chunk, cache.window
         table = rope_table(rope_angles(c.dim // c.num_heads, *grid, start, x.device), x.dtype)
-        tokens = chunk * grid[1] * grid[2] if chunk is not None else None
+        tokens = None if chunk is None else chunk * grid[1] * grid[2]
+        attention = {"table": table, "chunk": tokens, "window": window, "cache": cache}
         for layer, block in enumerate(self.blocks):
-            x = block(
-                x,
-                modulation,
-                keys[layer],
-                table=table,
-                chunk=tokens,
-                window=window,
-                cache=cache,
-                layer=layer,
-            )
-
+            x = block(x, modulation, keys[layer], layer=layer, **attention)
         x = self.head(x, time).unflatten(-1, (pt, ph, pw, c.out_dim)).unflatten(1, grid)
-        return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(B, T, c.out_dim, h, w).to(x_t.dtype)
+        x = x.permute(0, 1, 4, 7, 2, 5, 3, 6)  # [B, T / pt, pt, C, h / ph, ph, w / pw, pw]
+        return x.flatten(1, 2).flatten(3, 4).flatten(4, 5).to(x_t.dtype)

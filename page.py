@@ -1,43 +1,50 @@
-"""A page to play on, and to steer the text model: an HTTP server on localhost (Next-Frame Diffusion)."""
+"""A page to play on (Next-Frame Diffusion) and to steer the text model: a server on localhost."""
 
+import functools
 import itertools
 import json
 import os
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import imageio.v3 as iio
 import torch
 
 from data import FPS
+from diffusion import noise_source
 from media import to_uint8
 from model import DiT
-from play import LOOKS, NAMES, PROMPT
-from sample import stream
+from play import LOOKS, NAMES
+from sample import PROMPT, chunk_shape, denoise_chunk, from_noise, stream
 from text import TextEncoder
 from vae import VAE
 from weights import ROOT, UserError, load_model, shipped
 
 
+@dataclass
 class Show:
-    """What every open tab sees: one world or one stream of the text model. It runs in its own thread, and only while somebody watches."""
+    """Make the frames that every open tab sees, in a thread of its own, while somebody watches."""
 
-    def __init__(self, player, streamed, fps=FPS):
-        """player(looks) -> Player; streamed(prompt) -> iterator of frames [3, H, W], where prompt() is the prompt of the moment."""
-        self.player, self.streamed, self.fps = player, streamed, fps
-        self.mode, self.action, self.looks, self.prompt = "play", "none", LOOKS, PROMPT
-        self.image, self.number, self.viewers, self.cost, self.kept, self.fresh = (
-            b"",
-            0,
-            0,
-            0.1,
-            100.0,
-            False,
-        )
-        self.changed = threading.Condition()
+    player: Callable  # player(looks) -> Player
+    streamed: Callable  # streamed(prompt) -> iterator of frames [3, H, W]; prompt() -> str
+    fps: float = FPS
+    mode: str = "play"  # or "text"
+    action: str = "none"
+    looks: str = LOOKS
+    prompt: str = PROMPT
+    image: bytes = b""  # the newest frame, as a JPEG
+    number: int = 0  # of frames made
+    viewers: int = 0
+    cost: float = 0.1  # seconds a frame, a running mean
+    kept: float = 100.0  # percentage of the frames made that were not dropped
+    fresh: bool = False  # whether to begin again with new looks
+    changed: threading.Condition = field(default_factory=threading.Condition)
 
     def frames(self):
-        """Frame after frame of whatever the visitors want to see now."""
+        """Yield frame after frame of what the visitors ask for."""
         while True:
             self.fresh = False
             if self.mode == "play":
@@ -46,26 +53,20 @@ class Show:
                     yield player.step(NAMES.index(self.action))
                     self.kept = 100 * (1 - player.dropped / player.made)
             else:
-                yield from itertools.takewhile(
-                    lambda _: self.mode == "text", self.streamed(lambda: self.prompt)
-                )
+                frames = self.streamed(lambda: self.prompt)
+                yield from itertools.takewhile(lambda _: self.mode == "text", frames)
 
     def run(self):
-        """Make frames for ever, at most `fps` a second; `cost` is the seconds that one takes, a running mean."""
-        import imageio.v3 as iio
-
-        frames, due = self.frames(), 0.0
+        """Make frames for ever, at most `fps` a second."""
+        frames = self.frames()
+        due = 0.0
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.viewers)
             started = time.perf_counter()
             frame = to_uint8(next(frames))
-            image = iio.imwrite(
-                "<bytes>",
-                frame.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy(),
-                extension=".jpg",
-                quality=95,
-            )
+            frame = frame.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+            image = iio.imwrite("<bytes>", frame, extension=".jpg", quality=95)
             self.cost += 0.05 * (time.perf_counter() - started - self.cost)
             time.sleep(max(0.0, due - time.perf_counter()))
             due = max(due, time.perf_counter() - 1 / self.fps) + 1 / self.fps
@@ -74,36 +75,28 @@ class Show:
                 self.changed.notify_all()
 
     def steer(self, wish):
-        """Do what a visitor wants, {"action": name}, {"looks": text} or {"prompt": text}. Raises ValueError for anything else."""
-        kind, value = (
-            next(iter(wish.items())) if isinstance(wish, dict) and len(wish) == 1 else (None, None)
-        )
+        """Obey {"action": name}, {"looks": text} or {"prompt": text}; else raise ValueError."""
+        single = isinstance(wish, dict) and len(wish) == 1
+        kind, value = next(iter(wish.items())) if single else (None, None)
+        worded = isinstance(value, str) and 0 < len(value.strip()) <= 200
         if kind == "action" and value in NAMES:
             self.action = value
-        elif (
-            kind in ("looks", "prompt") and isinstance(value, str) and 0 < len(value.strip()) <= 200
-        ):
+        elif kind in ("looks", "prompt") and worded:
             setattr(self, kind, value)
-            self.mode, self.fresh = {"looks": "play", "prompt": "text"}[kind], kind == "looks"
+            self.mode = {"looks": "play", "prompt": "text"}[kind]
+            self.fresh = kind == "looks"
         else:
-            raise ValueError(
-                f"one of action ({', '.join(NAMES)}), looks and prompt, as a JSON object"
-            )
+            names = ", ".join(NAMES)
+            raise ValueError(f"one of action ({names}), looks and prompt, as a JSON object")
 
     def state(self):
-        return {
-            "mode": self.mode,
-            "action": self.action,
-            "looks": self.looks,
-            "prompt": self.prompt,
-            "frame": self.number,
-            "frames/s": round(1 / self.cost, 1),
-            "guesses kept, %": round(self.kept, 1),
-        }
+        state = {name: getattr(self, name) for name in ("mode", "action", "looks", "prompt")}
+        rates = {"frames/s": round(1 / self.cost, 1), "guesses kept, %": round(self.kept, 1)}
+        return state | {"frame": self.number} | rates
 
 
 def handler(show):
-    """The request handler of a Show: the page, its frames as one endless multipart image, its state, and wishes."""
+    """Make the request handler of a Show: the page, its frames, its state, and wishes."""
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 30
@@ -116,10 +109,11 @@ def handler(show):
             self.wfile.write(body)
 
         def local(self):
-            """Whether the page was asked for by this machine's name: another site's page must not steer ours."""
-            if self.headers.get("Host", "").rsplit(":", 1)[0] in ("127.0.0.1", "localhost"):
-                return True
-            self.answer(403, "text/plain", b"ask for 127.0.0.1")
+            """Answer 403 unless Host is this machine: another site's page must not steer ours."""
+            local = self.headers.get("Host", "").rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
+            if not local:
+                self.answer(403, "text/plain", b"ask for 127.0.0.1")
+            return local
 
         def do_GET(self):
             if not self.local():
@@ -135,22 +129,22 @@ def handler(show):
                 self.answer(404, "text/plain", b"there is only / here")
 
         def frames(self):
+            """Send frames as one endless multipart image, until the tab is closed."""
             self.send_response(200)
             self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
             self.end_headers()
+            head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
             with show.changed:
                 show.viewers += 1
                 show.changed.notify_all()
+            seen = 0
             try:
-                seen = 0
                 while True:
                     with show.changed:
-                        show.changed.wait_for(lambda: show.number > seen)
+                        while show.number <= seen:
+                            show.changed.wait()
                         image, seen = show.image, show.number
-                    self.wfile.write(
-                        b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
-                        % (len(image), image)
-                    )
+                    self.wfile.write(head % (len(image), image))
             except OSError:  # the tab was closed
                 pass
             finally:
@@ -175,27 +169,28 @@ def handler(show):
     return Handler
 
 
+def stream_text(student, vae, encoder, prompt):
+    """Stream frames [3, H, W] of the text model; prompt() says what they show from now on."""
+    shape = chunk_shape(student, vae, 1)
+    noise = noise_source(torch.Generator().manual_seed(0), student.head.head.weight.device)
+    starts = from_noise(noise, shape, student.schedule.timesteps(student.config.steps))
+
+    @functools.lru_cache(8)
+    def keys(text):
+        return student.text_keys(encoder([text]))
+
+    cache = student.new_cache(1, *shape[-2:])
+    denoise = functools.partial(denoise_chunk, student, noise=noise)
+    for _, video in stream(student, vae, lambda frames: keys(prompt()), starts, cache, denoise):
+        yield from video[0]
+
+
 def serve(player, device, dtype, port):
-    """Open the page on localhost, and run until Ctrl-C."""
-    student, vae, encoder = (
-        load_model(DiT, shipped("student"), device).to(dtype),
-        load_model(VAE, shipped("vae"), device).to(dtype),
-        load_model(TextEncoder, shipped("text_encoder"), device),
-    )
-
-    def streamed(prompt):
-        known = {}
-
-        def text(frames):
-            now = prompt()
-            if now not in known:
-                known[now] = encoder([now])
-            return known[now]
-
-        for _, video in stream(student, vae, text, torch.Generator().manual_seed(0)):
-            yield from video[0]
-
-    show = Show(player, streamed)
+    """Open the page on localhost, and run until Ctrl-C. player(looks) -> Player."""
+    student = load_model(DiT, shipped("student"), device).to(dtype)
+    vae = load_model(VAE, shipped("vae"), device).to(dtype)
+    encoder = load_model(TextEncoder, shipped("text_encoder"), device)
+    show = Show(player, functools.partial(stream_text, student, vae, encoder))
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), handler(show))
     except OSError as error:

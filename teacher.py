@@ -4,12 +4,12 @@ python teacher.py               trains both on latents of the shapes world
 python teacher.py --causal      makes a causal many-step teacher of the shipped one (Table 4)
 """
 
-import os
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+import training
 from data import sample_clips
 from dataset import LatentClips
 from diffusion import draw_times, flow_matching_loss
@@ -17,30 +17,17 @@ from evaluate import make_videos
 from media import save_sheet
 from metrics import fixed_set, health
 from model import DiT
-from text import TextEncoder
-from training import EMA, Muon, autocast, check_training, optimise, train, training_parser
+from text import TextConfig, TextEncoder
 from vae import VAE
-from weights import UserError, load_model, run_main, save_weights, shipped
+from weights import UserError, check_fit, load_model, run_main, shipped
 
 
-def draw_chunk_times(count, frames, chunk, schedule, generator):
-    """Diffusion Forcing, and NFD with chunk=1: a time of its own for each chunk [count, frames]. Some are clean, at t = 0, as context is
-    when sampling: in each clip a share of its own, from none to all."""
-    chunks = -(-frames // chunk)
-    noisy = torch.rand(count, chunks, generator=generator) > torch.rand(
-        count, 1, generator=generator
-    )
-    return (
-        draw_times(count * chunks, schedule, generator).view(count, chunks) * noisy
-    ).repeat_interleave(chunk, dim=1)[:, :frames]
-
-
+# --------------------------------------------------------------------------------- what is drawn
 def batch_shape(i, steps, batch_size, frames):
     """Choose what step i of the bidirectional teacher trains on: (clips, latent frames of each).
 
-    Images first: geometry and colours are cheap to learn on single latent frames, 16 times as many
-    of them. Then whole clips and, in every other step, three times as many of a third of the
-    length: what a shape does next shows in a few frames.
+    Images first: geometry and colours are cheap to learn on many single latent frames. Then whole
+    clips and, in every other step, thirds of them: what a shape does next shows in a few frames.
     """
     if i < 0.16 * steps:
         return 16 * batch_size, 1
@@ -48,17 +35,26 @@ def batch_shape(i, steps, batch_size, frames):
 
 
 def draw_clip_times(count, frames, schedule, generator):
-    """Draw one time for each clip [count, frames]: for a third of the clips with a quarter of the
-    timestep shift, for a third with twice the shift.
+    """Draw one time for each clip [count, frames], for a third each with 1/4, 1 and 2 times the
+    timestep shift; single latent frames have the schedule's own.
 
     The more latents agree on a thing, the more noise hides it: a clip's track is decided nearer to
-    t = 1 than a frame's colour, and how far a shape has turned nearer to t = 0. Images, of which
-    frames is 1, have the schedule's own shift.
+    t = 1 than a frame's colour, and how far a shape has turned nearer to t = 0.
     """
     if frames > 1:
         scale = torch.tensor([0.25, 1.0, 2.0])[torch.randint(3, (count,), generator=generator)]
         schedule = replace(schedule, shift=schedule.shift * scale)
     return draw_times(count, schedule, generator)[:, None].expand(-1, frames)
+
+
+def draw_chunk_times(count, frames, chunk, schedule, generator):
+    """Draw a time for each chunk [count, frames], as in Diffusion Forcing. Some are clean, at
+    t = 0, as the past is when sampling: in each clip a share of its own, from none to all."""
+    chunks = -(-frames // chunk)
+    drawn = torch.rand(count, chunks, generator=generator)
+    noisy = drawn > torch.rand(count, 1, generator=generator)
+    t = draw_times(count * chunks, schedule, generator).view(count, chunks) * noisy
+    return t.repeat_interleave(chunk, dim=1)[:, :frames]
 
 
 def drop_prompts(text, generator):
@@ -67,60 +63,27 @@ def drop_prompts(text, generator):
     return text * keep.to(text.device)[:, None, None]
 
 
-def main():
-    description = "Train the bidirectional teacher and the text encoder."
-    parser = training_parser(description, 1600, 16, 2e-3, "runs/teacher")
-    parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
-    parser.add_argument("--weights", help="for --causal: start from these instead of the shipped")
-    parser.add_argument(
-        "--causal",
-        action="store_true",
-        help="train a causal teacher: block-causal attention and a time for each chunk",
-    )
-    args = parser.parse_args()
-    if args.weights and not args.causal:
-        raise UserError("--weights goes with --causal: the bidirectional teacher starts anew")
-    check_training(args)
-    torch.manual_seed(args.seed)
-    attention = {}
-    if args.causal:
-        model = load_model(DiT, args.weights or shipped("teacher"), args.device)
-        if model.config.num_actions:
-            raise UserError(f"train {args.weights} with nfd_teacher.py: its frames follow actions")
-        attention = {"chunk": model.config.chunk, "window": model.config.window}
-    else:
-        model = DiT().to(args.device)
-    vae = load_model(VAE, shipped("vae"), args.device)
-    data = LatentClips(vae, sample_clips(args.clips, torch.Generator().manual_seed(0)))
-    if args.causal:
-        encoder = load_model(TextEncoder, shipped("text_encoder"), args.device)
-        encoder.requires_grad_(False)
-    else:
-        encoder = TextEncoder().to(args.device)
-    frames = data.latents.shape[1]
-    both = nn.ModuleList([model.train(), encoder])
-    averaged = nn.ModuleList([DiT(model.config), TextEncoder()]).to(args.device)
-    ema, optimizer = EMA(both), Muon(model.blocks.parameters(), both.parameters(), args.lr)
+# -------------------------------------------------------------------------------------- training
+def train_teacher(run, model, encoder, vae, data, shape, times, kind, attention):
+    """Train a transformer and, if it takes gradients, the text encoder by flow matching.
 
-    if args.compile:
+    shape(i) -> (clips, latent frames) of step i; times(count, frames, generator) -> t; kind: how
+    `make_videos` samples it. -> (the averages of both, seconds of `training.train`).
+    """
+    both = nn.ModuleList([model.train(), encoder])
+    averaged = nn.ModuleList([DiT(model.config), TextEncoder(encoder.config)]).to(run.device)
+    ema = training.EMA(both)
+    optimizer = training.Muon(model.blocks.parameters(), both.parameters(), run.lr)
+    if run.compile:
         model.compile(dynamic=False)  # a graph for images, one for whole clips, one for short ones
 
     def step(i, generator):
-        count, length = args.batch_size, frames
-        if not args.causal:
-            count, length = batch_shape(i, args.steps, args.batch_size, frames)
-        x0, prompts = data.batch(count, length, generator, args.device)
-        with autocast(args):
+        x0, prompts = data.batch(*shape(i), generator, run.device)
+        with run.autocast():
             text = drop_prompts(encoder(prompts), generator)
-        if args.causal:
-            chunk = model.config.chunk
-            t = draw_chunk_times(count, length, chunk, model.schedule, generator)
-        else:
-            t = draw_clip_times(count, length, model.schedule, generator)
-        with autocast(args):
-            t = t.to(args.device)
+            t = times(*x0.shape[:2], generator).to(run.device)
             loss = flow_matching_loss(model, x0, t, text, generator, **attention)
-        norm = optimise(optimizer, loss)
+        norm = training.optimise(optimizer, loss)
         ema.update(both, i)
         return {"loss": loss, "grad": norm}
 
@@ -128,23 +91,80 @@ def main():
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
         clips, noise = fixed_set()
-        kind = "causal" if args.causal else "teacher"
         text = averaged[1](clips.prompts())
         video = make_videos(kind, averaged[0], vae, text, noise, steps=8)
         save_sheet(video, path)
         return health(video, clips)
 
-    if train(args, {"model": both, "ema": ema, "optimizer": optimizer}, step, sheet):
-        averaged.load_state_dict(ema.shadow)
-        name = "causal_teacher" if args.causal else "teacher"
-        origin = {"stage": name.replace("_", " "), "steps": args.steps}
-        origin["seconds"] = round(args.seconds)
-        path = os.path.join(args.out, f"{name}.safetensors")
-        save_weights(path, averaged[0].state_dict(), model.config, **origin)
-        if not args.causal:
-            text_path = os.path.join(args.out, "text_encoder.safetensors")
-            save_weights(text_path, averaged[1].state_dict(), encoder.config, **origin)
-        print(f"wrote {path}")
+    seconds = training.train(run, {"model": both, "ema": ema, "optimizer": optimizer}, step, sheet)
+    averaged.load_state_dict(ema.shadow)
+    return averaged, seconds
+
+
+def train_bidirectional(run, model, encoder, vae, data):
+    """Train the paper's teacher: `train_teacher` without chunks."""
+
+    def shape(i):
+        return batch_shape(i, run.steps, run.batch_size, data.frames)
+
+    def times(count, frames, generator):
+        return draw_clip_times(count, frames, model.schedule, generator)
+
+    return train_teacher(run, model, encoder, vae, data, shape, times, "teacher", {})
+
+
+def train_causal(run, model, encoder, vae, data):
+    """Train a causal many-step teacher on whole clips: block-causal, with a time for each chunk."""
+    chunk, window = model.config.chunk, model.config.window
+
+    def shape(i):
+        return run.batch_size, data.frames
+
+    def times(count, frames, generator):
+        return draw_chunk_times(count, frames, chunk, model.schedule, generator)
+
+    attention = {"chunk": chunk, "window": window}
+    return train_teacher(run, model, encoder, vae, data, shape, times, "causal", attention)
+
+
+def main():
+    description = "Train the bidirectional teacher and the text encoder."
+    parser = training.model_parser(description, 1600, 16, 2e-3, "runs/teacher")
+    parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
+    add = parser.add_argument
+    add("--config", default="small", help="small, or a JSON file with fields of ModelConfig")
+    told = "train a causal teacher: block-causal attention and a time for each chunk"
+    add("--causal", action="store_true", help=told)
+    add("--weights", help="with --causal: start from these, not the shipped")
+    args = parser.parse_args()
+    if args.weights and not args.causal:
+        raise UserError("--weights goes with --causal: the bidirectional teacher starts anew")
+    if args.causal and args.config != "small":
+        raise UserError("--config does not go with --causal: the weights carry their config")
+    config = training.read_config(args.config)
+    run = training.start_run(args)
+    if args.causal:
+        model = load_model(DiT, args.weights or shipped("teacher"), run.device)
+    else:
+        model = DiT(config).to(run.device)
+    vae = load_model(VAE, args.vae, run.device)
+    if args.causal:
+        encoder = load_model(TextEncoder, args.text_encoder, run.device).requires_grad_(False)
+    else:
+        encoder = TextEncoder(TextConfig(text_dim=config.text_dim)).to(run.device)
+    given = (args.chunk, args.window, args.student_steps)
+    model.config = training.causal_config(model.config, *given)
+    check_fit(model, vae, encoder)
+    data = LatentClips(vae, sample_clips(args.clips, torch.Generator().manual_seed(0)))
+    parts = (run, model, encoder, vae, data)
+    averaged, seconds = train_causal(*parts) if args.causal else train_bidirectional(*parts)
+    if seconds is None:
+        return
+    name = "causal_teacher" if args.causal else "teacher"
+    training.write_trained(run, name, averaged[0].state_dict(), model.config, seconds)
+    if not args.causal:
+        tensors = averaged[1].state_dict()
+        training.write_trained(run, "text_encoder", tensors, encoder.config, seconds)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What every training script shares: flags, set-up, averaged weights, checkpoints, resume, log, safetensors files.
+"""What every training script shares: flags, averaged weights, optimisers, checkpoints, resume, log.
 
-A script builds its networks and optimisers, then calls `train` with a function that makes one step. All that a run needs to
-go on lies in OUT/checkpoint.pt: networks, optimisers, averages, step and random state. A run stopped at any moment and
-resumed ends in the same weights, bit for bit (float32, CPU), as one that was never stopped.
+A script builds its networks and optimisers, then calls `train` with a function that makes one
+step. All that a run needs to go on lies in OUT/checkpoint.pt: networks, optimisers, averages, step
+and random state. A run stopped at any moment and resumed ends in the same weights, bit for bit
+(float32, CPU), as one that was never stopped.
 """
 
 import argparse
@@ -13,18 +14,20 @@ import pickle
 import re
 import signal
 import time
+from dataclasses import dataclass, fields, replace
 
 import torch
 from tqdm import tqdm
 
-from weights import ROOT, UserError, choose_device, choose_dtype, device_flags, provenance
+import weights
+from model import ModelConfig
+from weights import ROOT, UserError, provenance
 
 
+# ------------------------------------------------------------------------------- results and docs
 def write_results(out, result, text):
     """Print a table; write OUT.json, OUT.md and the table between its markers in docs/RESULTS.md.
-
-    The markers are <!-- OUT.json --> and <!-- end -->. Raises UserError if a file cannot be written.
-    """
+    The markers are <!-- OUT.json --> and <!-- end -->. Raises UserError if it cannot write."""
     print(text)
     try:
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
@@ -53,58 +56,108 @@ def replace_file(path, content):
     os.replace(path + ".tmp", path)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# -------------------------------------------------------------------------------- flags and a run
+@dataclass
+class Run:
+    """How long a training runs, where it writes, and on what: the flags of every script."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    seed: int
+    out: str
+    resume: bool
+    save_every: int
+    minutes: float
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+
+    def autocast(self):
+        """bf16 autocast where the run's dtype is bf16; weights and optimiser stay in float32."""
+        on = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=on)
+
+
 def training_parser(description, steps, batch_size, lr, out):
-    """The flags that every training script has."""
+    """The flags that every training script has, with its defaults."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    add(
-        "--steps",
-        type=int,
-        default=steps,
-        help="length of the run; the learning rate falls to 0 over it",
-    )
+    told = "length of the run; the learning rate falls to 0 over it"
+    add("--steps", type=int, default=steps, help=told)
     add("--batch-size", type=int, default=batch_size)
     add("--lr", type=float, default=lr)
     add("--seed", type=int, default=0)
     add("--out", default=out, help="folder for checkpoint, log, sheets and the trained weights")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--save-every", type=int, default=200, help="steps between two checkpoints")
-    add(
-        "--minutes",
-        type=float,
-        default=math.inf,
-        help="stop after so many minutes; --resume goes on",
-    )
-    device_flags(parser)
-    add(
-        "--compile",
-        action="store_true",
-        help="fuse the networks with torch.compile (needs a C++ compiler, takes a minute)",
-    )
+    add("--minutes", type=float, default=math.inf, help="stop after so many; --resume goes on")
+    weights.device_flags(parser)
+    told = "fuse the networks with torch.compile (needs a C++ compiler, takes a minute)"
+    add("--compile", action="store_true", help=told)
     return parser
 
 
-def check_training(args):
-    """Raise UserError for flag values that no run can have; make the output folder; choose device and dtype in place."""
+def start_run(args):
+    """Check the flags of `training_parser`, make the output folder and seed torch: a `Run`.
+    Raises UserError for values that no run can have, and for a folder that holds a run already."""
     for flag in ("steps", "batch_size", "save_every", "minutes", "lr"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} must be greater than 0")
-    args.device = choose_device(args.device)
-    args.dtype = choose_dtype(args.dtype, args.device)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    device, dtype = weights.on_device(args.device, args.dtype)
+    weights.make_folder(args.out)
     checkpoint = os.path.exists(os.path.join(args.out, "checkpoint.pt"))
     if args.resume and not checkpoint:
         raise UserError(f"nothing to resume: {args.out} has no checkpoint.pt")
     if checkpoint and not args.resume:
         raise UserError(
-            f"{args.out} holds a run already: add --resume to go on with it, or choose another --out"
+            f"{args.out} holds a run already: add --resume to go on with it, "
+            "or choose another --out"
         )
+    torch.manual_seed(args.seed)
+    flags = {field.name: getattr(args, field.name) for field in fields(Run)}
+    return Run(**flags | {"device": device, "dtype": dtype})
 
 
+def read_config(path):
+    """Read a `ModelConfig` from a JSON file of its fields; "small" is the default one.
+
+    Raises UserError for a file that is not there or does not hold one.
+    """
+    if path == "small":
+        return ModelConfig()
+    try:
+        with open(path, encoding="utf-8") as file:
+            return ModelConfig(**json.load(file))
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--config {path} is not a model's config: {error}") from None
+
+
+def model_parser(description, steps, batch_size, lr, out):
+    """`training_parser`, and the flags of the stages that train a transformer.
+    --chunk, --window and --student-steps say how a causal model is used."""
+    parser = training_parser(description, steps, batch_size, lr, out)
+    add = parser.add_argument
+    add("--chunk", type=int, help="latent frames a chunk (the weights' own)")
+    add("--window", type=int, help="chunks that a chunk attends to (the weights' own)")
+    add("--student-steps", type=int, help="denoising steps of the student (the weights' own)")
+    weights.codec_flags(parser)
+    return parser
+
+
+def causal_config(config, chunk, window, steps):
+    """Change a model's chunk, window and student steps where they are given.
+    The weights carry the result, and the sampler follows it. Raises UserError for less than 1."""
+    given = {"chunk": chunk, "window": window, "steps": steps}
+    try:
+        return replace(config, **{k: v for k, v in given.items() if v is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+# ------------------------------------------------------------------------- averages and optimisers
 class EMA:
     """Exponential moving average of a network's weights: what is sampled from and shipped."""
 
@@ -114,7 +167,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module, step):
-        # a short run must not remember its start: the memory grows with the run up to 1 / (1 - decay) steps
+        # a short run must not remember its start: the memory grows up to 1 / (1 - decay) steps
         decay = min(self.decay, (1 + step) / (10 + step))
         for k, v in module.state_dict().items():
             self.shadow[k].lerp_(v, 1 - decay)
@@ -127,34 +180,25 @@ class EMA:
             self.shadow[k].copy_(v)
 
 
-def autocast(args):
-    """bf16 autocast where the run's dtype is bf16; master weights and optimiser stay in float32."""
-    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32)
-
-
-def adamw(parameters, lr, **options):
-    """AdamW for parameters of any shape: no weight decay, gradients are clipped by `optimise`."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True, **options)
+def adamw(parameters, lr, betas=(0.9, 0.99)):
+    """AdamW without weight decay; gradients are clipped by `optimise`."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True)
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the matrices among `hidden`, the hidden layers' parameters, momentum made orthogonal (Muon, K. Jordan et al., 2024).
+    """Muon for the matrices among the `hidden` layers' parameters, AdamW for all others.
 
-    parameters: all that are trained, the hidden ones included. A gradient is dominated by a few singular directions; Muon sets all
-    singular values of the momentum to about 1, so that a step learns in every direction. An orthogonal [m, n] matrix has entries of
-    root mean square 1 / sqrt(max(m, n)); scaled to 0.2, as large as AdamW's steps are, one learning rate serves both (Moonlight, 2025).
+    A gradient is dominated by a few singular directions. Muon (K. Jordan et al., 2024) sets all
+    singular values of the momentum to about 1, so that a step learns in every direction. An
+    orthogonal [m, n] matrix has entries of root mean square 1 / sqrt(max(m, n)); scaled to 0.2, as
+    large as AdamW's steps are, one learning rate serves both (Moonlight, 2025).
     """
 
     def __init__(self, hidden, parameters, lr, momentum=0.95):
         matrices = [p for p in hidden if p.ndim == 2]
         mine = {id(p) for p in matrices}
-        super().__init__(
-            [p for p in parameters if id(p) not in mine],
-            lr,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            fused=True,
-        )
+        others = [p for p in parameters if id(p) not in mine]
+        super().__init__(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.add_param_group({"params": matrices, "momentum": momentum})
 
     @torch.no_grad()
@@ -165,10 +209,8 @@ class Muon(torch.optim.AdamW):
         for shape, matrices in shapes.items():  # all matrices of a shape at once
             for p in matrices:
                 state = self.state[p]
-                if not state:
-                    state.update(
-                        step=torch.tensor(0.0), momentum=torch.zeros_like(p)
-                    )  # loading AdamW's state asks for a step
+                if not state:  # AdamW's load_state_dict asks for a step
+                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 p.grad.lerp_(state["momentum"], group["momentum"])  # Nesterov: look one step ahead
             update = orthogonal(torch.stack([p.grad for p in matrices])) * (0.2 * max(shape) ** 0.5)
@@ -179,7 +221,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(x):
-    """Matrices [N, m, n] with about the same singular vectors, and singular values between 0.7 and 1.2: Newton-Schulz iteration."""
+    """Even out the singular values of matrices [N, m, n] to 0.7 .. 1.2: Newton-Schulz iteration."""
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -190,112 +232,102 @@ def orthogonal(x):
 
 
 def optimise(optimizer, loss, clip=1.0):
-    """One optimiser step on a loss; returns the norm of the gradient before it was clipped to `clip`."""
+    """Take one optimiser step on a loss; -> the norm of the gradient before clipping to `clip`."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], clip
-    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     return norm
 
 
-def train(args, state, step, sheet, warmup=50):
-    """Run `step(i, generator) -> dict of numbers to log` for i = 0 .. args.steps - 1, resuming where a run was stopped.
-
-    state: name -> network, optimiser or EMA: everything that a checkpoint must hold. The learning rate of every optimiser rises
-    over `warmup` steps and falls to 0 along a cosine. `sheet(path) -> dict of numbers to log` draws and measures samples, at every checkpoint.
-    Returns False if the run was stopped (--minutes, Ctrl-C) before its last step, True when it is done. Raises UserError for a damaged checkpoint.
-    """
-    generator = torch.Generator().manual_seed(
-        args.seed
-    )  # on the CPU: the same numbers on every device
-    path, first, spent = os.path.join(args.out, "checkpoint.pt"), 0, 0.0
-    if args.resume:
-        try:
-            saved = torch.load(path, map_location=args.device, weights_only=True)
-            for name, part in state.items():
-                part.load_state_dict(saved["state"][name])
-        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{path} does not fit this run ({str(error).splitlines()[0]})"
-            ) from None
+# --------------------------------------------------------------------------------------- the loop
+def load_checkpoint(path, device, state, generator):
+    """Load what `train` saved into the parts of `state`: (step, seconds, learning rates).
+    Raises UserError for a checkpoint that is damaged or of other parts."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(saved["state"][name])
         generator.set_state(saved["generator"].cpu())
-        first, spent = saved["step"], saved["seconds"]
-        _forget_after(os.path.join(args.out, "log.jsonl"), first)
-    optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-    base = [
-        [group["lr"] for group in o.param_groups] if not args.resume else saved["base_lr"][i]
-        for i, o in enumerate(optimizers)
-    ]
-    stop = []  # Ctrl-C and kill let the step in progress end, then save
-    handlers = {
-        s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)
-    }
-    started, bar = (
-        time.time(),
-        tqdm(total=args.steps, initial=first, desc=os.path.basename(args.out), mininterval=2),
-    )
-    shown = {}  # the latest of each number
+        return saved["step"], saved["seconds"], saved["base_lr"]
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not fit this run ({reason})") from None
 
-    def save(i):
-        torch.save(
-            {
-                "state": {k: v.state_dict() for k, v in state.items()},
-                "generator": generator.get_state(),
-                "step": i,
-                "seconds": spent + time.time() - started,
-                "base_lr": base,
-            },
-            path + ".tmp",
-        )
+
+def forget_after(path, step):
+    """Drop the lines of a log from `step` on: a resumed run makes these steps again."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        replace_file(path, "".join(line for line in lines if json.loads(line)["step"] < step))
+
+
+def train(run, state, step, sheet, warmup=50):
+    """Run `step(i, generator) -> numbers to log` for i = 0 .. run.steps - 1, or what is left of it.
+
+    state: name -> network, optimiser or EMA, all that a checkpoint must hold. The learning rates
+    rise over `warmup` steps and fall to 0 along a cosine. sheet(path) -> numbers to log: draws and
+    measures samples, at every checkpoint. Returns the seconds that the run took, or None if it was
+    stopped before its last step (--minutes, Ctrl-C).
+    """
+    generator = torch.Generator().manual_seed(run.seed)  # on the CPU: the same on every device
+    optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    path, log = (os.path.join(run.out, name) for name in ("checkpoint.pt", "log.jsonl"))
+    first, spent = 0, 0.0
+    if run.resume:
+        first, spent, rates = load_checkpoint(path, run.device, state, generator)
+        forget_after(log, first)
+    began, shown, stop, name = time.time(), {}, [], os.path.basename(os.path.normpath(run.out))
+    bar = tqdm(total=run.steps, initial=first, desc=name, mininterval=2)
+    signals = (signal.SIGINT, signal.SIGTERM)  # the step in progress ends, then it is saved
+    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in signals}
+
+    def seconds():
+        return spent + time.time() - began
+
+    def save(step):
+        saved = {"state": {k: v.state_dict() for k, v in state.items()}, "step": step}
+        saved |= {"generator": generator.get_state(), "seconds": seconds(), "base_lr": rates}
+        torch.save(saved, path + ".tmp")
         os.replace(path + ".tmp", path)
 
-    with open(os.path.join(args.out, "log.jsonl"), "a", buffering=1) as log:
-
-        def note(i, numbers):
+    def note(step, numbers):
+        if numbers:
             numbers = {k: round(torch.as_tensor(v).item(), 6) for k, v in numbers.items()}
-            if numbers:
-                log.write(
-                    json.dumps(
-                        {"step": i, "seconds": round(spent + time.time() - started, 1), **numbers}
-                    )
-                    + "\n"
-                )
+            with open(log, "a", encoding="utf-8") as file:
+                line = {"step": step, "seconds": round(seconds(), 1), **numbers}
+                file.write(json.dumps(line) + "\n")
             shown.update({k: f"{v:.4g}" for k, v in numbers.items()})
             bar.set_postfix(shown, refresh=False)
 
-        for i in range(first, args.steps):
-            scale = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / args.steps))
-            for optimizer, rates in zip(optimizers, base):
-                for group, rate in zip(optimizer.param_groups, rates):
-                    group["lr"] = rate * scale
-            numbers = step(i, generator)
-            if i % 10 == 0 or i + 1 == args.steps:
-                note(i, numbers)
-            bar.update()
-            done, late = i + 1 == args.steps, time.time() - started > 60 * args.minutes
-            if done or late or stop or (i + 1) % args.save_every == 0:
-                save(i + 1)
-                note(i, sheet(os.path.join(args.out, "sheet.png")) or {})
-            if late or stop:
-                break
+    for i in range(first, run.steps):
+        scale = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / run.steps))
+        for optimizer, own in zip(optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate * scale
+        numbers, done = step(i, generator), i + 1 == run.steps
+        if i % 10 == 0 or done:
+            note(i, numbers)
+        bar.update()
+        stopped = bool(stop) or time.time() - began > 60 * run.minutes
+        if done or stopped or (i + 1) % run.save_every == 0:
+            save(i + 1)
+            note(i, sheet(os.path.join(run.out, "sheet.png")))
+        if stopped and not done:
+            print(f"stopped after step {i + 1} of {run.steps}; go on with --resume")
+            break
     bar.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    args.seconds = spent + time.time() - started
-    if first < args.steps and not done:
-        print(f"stopped after step {i + 1} of {args.steps}; go on with --resume")
-    return first >= args.steps or done
+    return seconds() if first >= run.steps or done else None
 
 
-def _forget_after(path, step):
-    """Drop the log lines of steps that a resumed run will make again (written after the checkpoint it starts from)."""
-    if os.path.exists(path):
-        with open(path) as file:
-            kept = [
-                line for line in file if line.endswith("\n") and json.loads(line)["step"] < step
-            ]
-        with open(path + ".tmp", "w") as file:
-            file.writelines(kept)
-        os.replace(path + ".tmp", path)
+def write_trained(run, name, tensors, config, seconds, **origin):
+    """Write the weights of a finished run as OUT/NAME.safetensors, and say so."""
+    path = os.path.join(run.out, f"{name}.safetensors")
+    origin = {"stage": name.replace("_", " "), "steps": run.steps, **origin}
+    weights.save_weights(path, tensors, config, seconds=round(seconds), **origin)
+    print(f"wrote {path}")

@@ -4,6 +4,7 @@ Weights are safetensors files whose metadata holds the network's config as JSON 
 weights came from. Nothing from a file is ever executed.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -39,39 +40,47 @@ def run_main(main):
         sys.exit(130)
 
 
-# ------------------------------------------------------------------------------ device and dtype
+# ------------------------------------------------------------------------------ flags in common
 def device_flags(parser):
     """Add the flags --device and --dtype to a command line."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
 
 
-def choose_device(name):
-    """Turn "auto", "cpu", "cuda", "cuda:1" ... into a torch.device.
+def codec_flags(parser, vae="vae"):
+    """Add the flags --vae and --text-encoder: the frozen networks beside the transformer."""
+    parser.add_argument("--vae", default=shipped(vae), help="weights of the autoencoder")
+    told = "weights of the text encoder"
+    parser.add_argument("--text-encoder", default=shipped("text_encoder"), help=told)
 
-    Raises UserError for one that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def make_folder(path):
+    """Make the folder --out; UserError if it cannot be made."""
     try:
-        device = torch.device(name)
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {path}: {error.strerror}") from None
+
+
+def on_device(device, dtype="auto"):
+    """Turn the flags --device and --dtype into a torch.device and a torch.dtype.
+
+    auto is CUDA where there is one, and bfloat16 where the hardware multiplies in it: on CUDA, and
+    on processors with AMX or AVX512-BF16. Where it is emulated it is four times slower than
+    float32. Raises UserError for a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"device {name!r} is not available here; try --device auto") from None
-    return device
-
-
-def choose_dtype(name, device):
-    """Turn "auto", "float32" or "bfloat16" into a torch.dtype.
-
-    auto is bfloat16 where the hardware multiplies in it: on CUDA, and on processors with AMX or
-    AVX512-BF16. Where it is emulated it is four times slower than float32.
-    """
-    if name != "auto":
-        return getattr(torch, name)
+        raise UserError(f"device {device!r} is not available here; try --device auto") from None
+    device = torch.device(device)
+    if dtype != "auto":
+        return device, getattr(torch, dtype)
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     fast = any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
-    return torch.bfloat16 if fast or device.type == "cuda" else torch.float32
+    return device, torch.bfloat16 if fast or device.type == "cuda" else torch.float32
 
 
 def hardware():
@@ -86,9 +95,8 @@ def provenance():
     """Say where a file comes from: command, commit, hardware and version of torch."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {
-        "command": command,
+        "command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "commit": commit or "unknown",
         "hardware": hardware(),
         "torch": torch.__version__,
@@ -106,34 +114,50 @@ def save_weights(path, tensors, config, **origin):
 
 def read_weights(path):
     """Read a safetensors file: (tensors in float32, the config in its metadata or None).
-
-    Raises UserError if the file is missing or damaged.
-    """
+    Raises UserError if the file is missing or damaged."""
     if not os.path.isfile(path):
         raise UserError(f"there is no weights file {path}; train it first or name another one")
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "null"))
-            return {k: file.get_tensor(k).float() for k in file.keys()}, config  # noqa: SIM118
+            names = list(file.keys())
+            return {name: file.get_tensor(name).float() for name in names}, config
     except (SafetensorError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a whole safetensors file ({reason})") from None
 
 
+def file_hash(*paths):
+    """Hash the contents of files: 8 hexadecimal digits."""
+    key = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            key.update(file.read())
+    return key.hexdigest()[:8]
+
+
 def load_model(network, path, device="cpu"):
     """Make a network (a class with a `Config`: DiT, VAE, TextEncoder) of its weights file.
-
-    Raises UserError if the file is missing, damaged, or of another network.
-    """
+    Raises UserError if the file is missing, damaged, or of another network."""
     tensors, config = read_weights(path)
     known = {field.name for field in fields(network.Config)}
     # a field that is 0 stands for something that this network does not have
     if not isinstance(config, dict) or any(config[k] for k in set(config) - known):
         raise UserError(f"{path} does not hold a {network.__name__}")
-    model = network(network.Config(**{k: v for k, v in config.items() if k in known}))
     try:
+        model = network(network.Config(**{k: v for k, v in config.items() if k in known}))
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {path} do not fit the model: {reason}") from None
     return model.to(device).eval()
+
+
+def check_fit(model, vae, encoder):
+    """Raise UserError for a transformer that was not trained with this VAE and text encoder."""
+    c, channels, width = model.config, vae.config.latent_dim, encoder.config.text_dim
+    if (c.in_dim, c.text_dim) != (channels, width):
+        raise UserError(
+            f"the transformer, for {c.in_dim} latent channels and prompts of width {c.text_dim}, "
+            f"does not go with the VAE ({channels}) and the text encoder ({width})"
+        )

@@ -1,9 +1,18 @@
+import math
 import sys
 
 import pytest
 import torch
 
+from model import DiT, ModelConfig
+from nfd_teacher import ActionConfig, ActionDiT
+from text import TextEncoder
+from training import Run
+from vae import VAE, VAEConfig
 from weights import run_main
+
+TINY = {"dim": 16, "ffn_dim": 16, "freq_dim": 8, "num_heads": 1, "num_layers": 1}
+PROMPT = "a red circle bouncing on a black background"
 
 
 @pytest.fixture(autouse=True)
@@ -12,9 +21,51 @@ def seeded():
     torch.manual_seed(0)
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_model(network=DiT, config=ModelConfig, **fields):
+    """A seeded random transformer whose output is not zero, as that of an untrained one is."""
+    torch.manual_seed(0)
+    model = network(config(**TINY | fields)).eval()
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    return model
+
+
+def tiny_action_model(**fields):
+    """The same for the action world, in which every action counts."""
+    model = tiny_model(ActionDiT, ActionConfig, **fields)
+    torch.nn.init.normal_(model.action_embedding.weight)
+    return model
+
+
+def tiny_vae(time_stride=4):
+    """A seeded random autoencoder."""
+    torch.manual_seed(0)
+    widths = {"dim": 16, "fine_dim": 16, "pixel_dim": 16}
+    return VAE(VAEConfig(time_stride=time_stride, **widths)).eval().requires_grad_(False)
+
+
+def tiny_text(prompt=PROMPT):
+    """An embedded prompt [1, S, text_dim] of a seeded random encoder."""
+    torch.manual_seed(0)
+    return TextEncoder()([prompt]).detach()
+
+
+def tiny_run(out="out", **fields):
+    """A training run of a few steps on the CPU."""
+    flags = {"steps": 9, "batch_size": 1, "lr": 1e-3, "seed": 0, "out": str(out), "resume": False}
+    flags |= {"save_every": 2, "minutes": math.inf, "compile": False}
+    return Run(**flags | {"device": torch.device("cpu"), "dtype": torch.float32} | fields)
+
+
 @pytest.fixture
 def command_line(monkeypatch, capsys, tmp_path):
-    """Calls a script in this process as its command line does, in an empty folder: (module, *arguments) -> (status, stdout, stderr)."""
+    """Calls a script in this process as its command line does, in an empty folder.
+
+    (module, *arguments) -> (status, stdout, stderr)
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(module, *arguments):

@@ -1,18 +1,21 @@
 import copy
+import functools
+import itertools
 
 import pytest
 import torch
+from conftest import generator, tiny_model, tiny_run, tiny_vae
 
-from diffusion import Schedule, flow_matching_loss
-from dmd import clip_times, dmd_loss, rollout, student_x0
-from model import DiT, ModelConfig
-from sample import stream
+from diffusion import Schedule, noise_source
+from dmd import Distillation, clip_times, dmd_loss, rollout, rollout_x0, student_x0
+from sample import denoise_chunk, stream
 from training import adamw, optimise
 
 MEAN, STD = 1.5, 0.6  # of the data
 
 
-def posterior_mean(schedule, mean, std, t):
+# ---------------------------------------------------------------------------------------- the loss
+def posterior_mean(mean, std, t):
     """E[x0 | x_t] of data N(mean, std^2)."""
 
     def x0(x_t):
@@ -24,158 +27,266 @@ def posterior_mean(schedule, mean, std, t):
 
 
 @pytest.mark.parametrize("time", [0.3, 0.7, 0.95])
-def test_gradient_is_the_kl_gradient_up_to_the_documented_weighting(time):
-    schedule = Schedule()
-    g = torch.Generator().manual_seed(0)
-    a, b = (
-        torch.tensor(1.2, dtype=torch.float64, requires_grad=True),
-        torch.tensor(0.4, dtype=torch.float64, requires_grad=True),
-    )
-    z, eps = torch.randn(2, 1, 1, 1, 1, 400_000, generator=g, dtype=torch.float64)
+def test_gradient_is_that_of_the_kl_up_to_the_documented_weight(time):
+    a, b = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.2, 0.4))
+    z, eps = torch.randn(2, 1, 1, 1, 1, 400_000, generator=generator(), dtype=torch.float64)
     t = torch.full((1, 1), time, dtype=torch.float64)
-    x0_hat = a * z + b
-    loss, distance = dmd_loss(
-        x0_hat,
-        posterior_mean(schedule, MEAN, STD, t),
-        posterior_mean(schedule, b.item(), a.item(), t),
-        schedule,
-        t,
-        eps,
-    )
+    real, fake = posterior_mean(MEAN, STD, t), posterior_mean(b.item(), a.item(), t)
+    loss, distance = dmd_loss(a * z + b, real, fake, Schedule(), t, eps)
     alpha, sigma = 1 - time, torch.tensor(time, dtype=torch.float64)
-    # KL between the noised Gaussians, N(alpha b, alpha^2 a^2 + sigma^2) and N(alpha MEAN, alpha^2 STD^2 + sigma^2)
-    noised = lambda mean, std: torch.distributions.Normal(
-        alpha * mean, (alpha**2 * std**2 + sigma**2).sqrt()
-    )
+
+    def noised(mean, std):
+        return torch.distributions.Normal(alpha * mean, (alpha**2 * std**2 + sigma**2).sqrt())
+
     kl = torch.distributions.kl_divergence(noised(b, a), noised(MEAN, torch.tensor(STD)))
-    expected = torch.autograd.grad(kl, (a, b))
-    measured = torch.autograd.grad(loss, (a, b))
-    weight = (
-        sigma**2 / alpha**2 / distance
-    )  # s_fake - s_real to x0 is sigma^2 / alpha, d x_t / d x0_hat is alpha
-    for e, m in zip(expected, measured):
+    # s_fake - s_real to x0 is sigma^2 / alpha, d x_t / d x0_hat is alpha
+    weight = sigma**2 / alpha**2 / distance
+    expected, measured = torch.autograd.grad(kl, (a, b)), torch.autograd.grad(loss, (a, b))
+    for e, m in zip(expected, measured, strict=True):
         assert m.item() == pytest.approx((weight * e).item(), rel=0.02, abs=2e-3)
 
 
 def test_training_brings_mean_and_variance_to_the_data():
     """A linear generator, and a fake score that is trained online on its outputs, 5 to 1."""
-    torch.manual_seed(0)
     schedule = Schedule()
-    a, b = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.tensor(-1.0))
-    fake_mean, fake_log_std = (
-        torch.nn.Parameter(torch.tensor(-1.0)),
-        torch.nn.Parameter(torch.tensor(0.4)),
-    )
-    generator_optimizer, fake_optimizer = (
-        adamw([a, b], 0.03, betas=(0.0, 0.99)),
-        adamw([fake_mean, fake_log_std], 0.05, betas=(0.0, 0.99)),
-    )
+    a, b = (torch.nn.Parameter(torch.tensor(x)) for x in (1.5, -1.0))
+    fake_mean, fake_log_std = (torch.nn.Parameter(torch.tensor(x)) for x in (-1.0, 0.4))
+    student_optimizer = adamw([a, b], 0.03, betas=(0.0, 0.99))
+    fake_optimizer = adamw([fake_mean, fake_log_std], 0.05, betas=(0.0, 0.99))
     for i in range(2500):
         x0_hat = a * torch.randn(64, 1, 1, 1, 64) + b
         t = 0.02 + 0.96 * torch.rand(64, 1)
-        fake = posterior_mean(schedule, fake_mean, fake_log_std.exp(), t)
+        real = posterior_mean(MEAN, STD, t)
+        fake = posterior_mean(fake_mean, fake_log_std.exp(), t)
         if i % 5 == 0:
-            loss, _ = dmd_loss(
-                x0_hat,
-                posterior_mean(schedule, MEAN, STD, t),
-                fake,
-                schedule,
-                t,
-                torch.randn_like(x0_hat),
-            )
-            optimise(generator_optimizer, loss)
+            eps = torch.randn_like(x0_hat)
+            optimise(student_optimizer, dmd_loss(x0_hat, real, fake, schedule, t, eps)[0])
         x0 = x0_hat.detach()
-        optimise(
-            fake_optimizer,
-            (fake(schedule.add_noise(x0, torch.randn_like(x0), t)) - x0).square().mean(),
-        )
+        x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
+        optimise(fake_optimizer, (fake(x_t) - x0).square().mean())
     assert b.item() == pytest.approx(MEAN, abs=0.1)
     assert abs(a.item()) == pytest.approx(STD, abs=0.1)
 
 
-def networks():
-    torch.manual_seed(0)
-    model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1))
-    torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    fake = copy.deepcopy(model)
-    torch.nn.init.normal_(fake.head.head.weight, std=0.1)
-    return model, fake, copy.deepcopy(model)  # teacher, fake score, student
+# --------------------------------------------------------------------------- what the student makes
+def random_text(count):
+    return torch.randn(count, 16, 64)
 
 
-def test_gradients_reach_the_student_alone_and_the_fake_step_the_fake_score_alone():
-    (teacher, fake, student), g = networks(), torch.Generator().manual_seed(0)
-    x0, text, eps = torch.randn(2, 6, 8, 8, 8), torch.randn(2, 16, 64), torch.randn(2, 6, 8, 8, 8)
-    t = clip_times(2, 6, student.schedule, g, "cpu")
-    x0_hat = student_x0(student, x0, text, g)
-    predict = lambda net: lambda x_t: net.schedule.x0(x_t, net(x_t, t, text), t)
-    loss, _ = dmd_loss(x0_hat, predict(teacher), predict(fake), student.schedule, t, eps)
-    loss.backward()
-    assert all(p.grad is None for net in (teacher, fake) for p in net.parameters())
-    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
-
-    student.zero_grad(set_to_none=True)
-    before = [copy.deepcopy(net.state_dict()) for net in (teacher, student, fake)]
-    optimise(adamw(fake.parameters(), 1e-3), flow_matching_loss(fake, x0_hat.detach(), t, text, g))
-    same = [
-        all(torch.equal(v, net.state_dict()[k]) for k, v in old.items())
-        for net, old in zip((teacher, student, fake), before)
-    ]
-    assert same == [True, True, False]
-    assert all(p.grad is None for net in (teacher, student) for p in net.parameters())
-
-
-def test_one_time_per_clip_and_clean_chunks_stay_as_they_are():
-    t = clip_times(50, 6, Schedule(shift=3.0), torch.Generator().manual_seed(0), "cpu")
+def test_each_clip_has_one_time_for_all_of_its_frames():
+    t = clip_times(50, 6, Schedule(shift=3.0), generator())
+    assert t.shape == (50, 6)
     assert (t == t[:, :1]).all()
+
+
+def test_times_of_clips_differ_and_are_never_0_or_1():
+    t = clip_times(50, 6, Schedule(shift=3.0), generator())
     assert t.std() > 0.1
     assert t.min() > 0
     assert t.max() < 1
-    _, _, student = networks()
+
+
+def kept_frames(**fields):
+    """Which frames [40, 6] of clips the student leaves as they are."""
     x0 = torch.randn(40, 6, 8, 8, 8)
-    x0_hat = student_x0(student, x0, torch.randn(40, 16, 64), torch.Generator().manual_seed(0))
-    kept = (x0_hat == x0).flatten(2).all(2)
-    assert 0.1 < kept.float().mean() < 0.3
+    x0_hat = student_x0(tiny_model(**fields), x0, random_text(40), generator())
+    return (x0_hat == x0).flatten(2).all(2)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_share_of_the_chunks_is_clean_and_stays_as_it_is(steps):
+    share = kept_frames(steps=steps).float().mean()
+    assert abs(share - 1 / (steps + 1)) < 0.12
+
+
+def test_a_chunk_stays_as_it_is_as_a_whole():
+    kept = kept_frames(chunk=3)
     assert torch.equal(kept[:, 0], kept[:, 2])
 
 
-def test_a_rollout_is_what_the_student_samples_where_no_chunk_stops_early(monkeypatch):
-    _, _, student = networks()
-    text, frames = torch.randn(2, 16, 64), 15
-    noise = torch.randn(2, frames, 8, 8, 8)
-    monkeypatch.setattr(
-        torch, "randint", lambda low, high, size, generator: torch.full(size, high - 1)
-    )
-    rolled = rollout(
-        student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0)
-    )
+def test_a_rollout_is_what_is_sampled_if_no_chunk_stops_early():
+    student, noise = tiny_model(), torch.randn(2, 15, 8, 8, 8)
+    keys = student.text_keys(random_text(2))
+    times = student.schedule.timesteps(4)
 
-    chunks, draws = iter(noise.split(3, dim=1)), iter(range(10**6))
-    randn, g = (
-        torch.randn,
-        torch.Generator().manual_seed(0),
-    )  # the stream's first draw of each chunk is the rollout's noise
-    monkeypatch.setattr(
-        torch,
-        "randn",
-        lambda *size, generator: (
-            next(chunks) if next(draws) % 4 == 0 else randn(*size, generator=g)
-        ),
-    )
-    decoder = type("", (), {"decode": lambda self, latents, state: latents})()
-    source = stream(student, decoder, text, None)
-    assert torch.equal(rolled, torch.cat([next(source)[0] for _ in range(frames // 3)], dim=1))
+    def stops(seed):
+        return torch.randint(1, 5, (5,), generator=generator(seed))
+
+    seed = next(seed for seed in itertools.count() if stops(seed).eq(4).all())
+    cache = student.new_cache(2, 8, 8)
+    rolled = rollout(student, noise, times, lambda frames: keys, generator(seed), cache)
+
+    replay = generator(seed)
+    torch.randint(1, 5, (5,), generator=replay)  # the rollout's first draw
+    starts = ((chunk, times, None) for chunk in noise.split(3, dim=1))
+    denoise = functools.partial(denoise_chunk, student, noise=noise_source(replay))
+    cache = student.new_cache(2, 8, 8)
+    source = stream(student, tiny_vae(), lambda frames: keys, starts, cache, denoise)
+    assert torch.equal(rolled, torch.cat([x0 for x0, _ in source], dim=1))
 
 
-def test_a_rollout_takes_the_gradient_through_one_step_of_each_chunk_and_not_through_its_past():
-    _, _, student = networks()
-    text, noise = torch.randn(1, 16, 64), torch.randn(1, 9, 8, 8, 8, requires_grad=True)
+@pytest.fixture
+def rolled():
+    """A rollout of 3 chunks: (student, noise, x0_hat, for each pass whether it has a gradient)."""
+    student, noise = tiny_model(), torch.randn(1, 9, 8, 8, 8, requires_grad=True)
     calls = []
     student.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    x0_hat = rollout(
-        student, noise, student.schedule.timesteps(4), text, torch.Generator().manual_seed(0)
-    )
+    keys, cache = student.text_keys(random_text(1)), student.new_cache(1, 8, 8)
+    times = student.schedule.timesteps(4)
+    x0_hat = rollout(student, noise, times, lambda frames: keys, generator(), cache)
+    return student, noise, x0_hat, calls
+
+
+def test_a_rollout_takes_the_gradient_through_one_pass_a_chunk(rolled):
+    *_, calls = rolled
     assert sum(calls) == 3
     assert len(calls) > 6
+
+
+def test_no_gradient_flows_from_a_chunk_into_its_past(rolled):
+    _, noise, x0_hat, _ = rolled
     x0_hat[:, 6:].square().sum().backward()
     assert not noise.grad[:, :6].any()
+
+
+def test_the_gradient_of_a_rollout_reaches_the_student(rolled):
+    student, _, x0_hat, _ = rolled
+    x0_hat[:, 6:].square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in student.parameters())
+
+
+def test_a_rollout_goes_on_from_the_past_in_its_cache():
+    student, noise = tiny_model(), torch.randn(1, 6, 8, 8, 8)
+    keys, times = student.text_keys(random_text(1)), torch.tensor([1.0, 0.0])
+
+    def roll(noise, cache):
+        return rollout(student, noise, times, lambda frames: keys, generator(), cache)
+
+    whole, cache = roll(noise, student.new_cache(1, 8, 8)), student.new_cache(1, 8, 8)
+    parts = [roll(half, cache) for half in noise.split(3, dim=1)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_rollout_from_noise_takes_the_steps_of_the_students_config(steps):
+    student, seen = tiny_model(steps=steps), set()
+    student.register_forward_hook(lambda model, inputs, v: seen.update(inputs[1].unique().tolist()))
+    rollout_x0(student, torch.zeros(1, 36, 8, 8, 8), random_text(1), generator())
+    assert seen == set(student.schedule.timesteps(steps).float().tolist())
+
+
+# -------------------------------------------------------------------------------------- Algorithm 1
+X0, TEXT = torch.randn(2, 6, 8, 8, 8, generator=generator(1)), torch.ones(2, 16, 64)
+NETWORKS = ("student", "fake", "teacher")
+
+
+def distillation(causal_scores=False, generate=student_x0):
+    """One that updates the student at every third step; its fake score has left the teacher."""
+    parts = (tiny_model(), tiny_model(window=2), generate, tiny_run())
+    distill = Distillation(*parts, 2.0, 3, causal_scores)
+    torch.nn.init.normal_(distill.fake.head.head.weight, std=0.1)
+    return distill
+
+
+def changed_by(distill, update):
+    """The names of the networks whose weights a function changes."""
+    before = {name: copy.deepcopy(getattr(distill, name).state_dict()) for name in NETWORKS}
+    update()
+    return {
+        name
+        for name, old in before.items()
+        if any(not torch.equal(v, old[k]) for k, v in getattr(distill, name).state_dict().items())
+    }
+
+
+def with_gradients(distill):
+    """The names of the networks that hold gradients."""
+    return {
+        n for n in NETWORKS if any(p.grad is not None for p in getattr(distill, n).parameters())
+    }
+
+
+def updates(**options):
+    """What each of 7 steps changes, where the student is due at every third."""
+    distill, g = distillation(**options), generator()
+    return [changed_by(distill, lambda i=i: distill.step(i, X0, TEXT, g)) for i in range(7)]
+
+
+@pytest.mark.parametrize("generate", [student_x0, rollout_x0])
+def test_the_student_is_updated_at_every_fake_updates_th_step(generate):
+    due = ["student" in changed for changed in updates(generate=generate)]
+    assert due == [True, False, False, True, False, False, True]
+
+
+def test_the_fake_score_is_updated_at_every_step():
+    assert all("fake" in changed for changed in updates())
+
+
+def test_the_teacher_is_never_updated():
+    assert not any("teacher" in changed for changed in updates())
+
+
+def test_what_is_shipped_is_an_average_of_the_student():
+    distill = distillation()
+    before = {k: v.clone() for k, v in distill.ema.shadow.items()}
+    distill.step(0, X0, TEXT, generator())
+    assert any(not torch.equal(v, before[k]) for k, v in distill.ema.shadow.items())
+
+
+def test_a_student_update_changes_the_student_alone():
+    distill, g = distillation(), generator()
+    x0_hat = student_x0(distill.student, X0, TEXT, g)
+    t = clip_times(2, 6, distill.student.schedule, g)
+    assert changed_by(distill, lambda: distill.update_student(x0_hat, t, TEXT, g)) == {"student"}
+
+
+def test_a_student_update_leaves_gradients_in_the_student_alone():
+    distill, g = distillation(), generator()
+    x0_hat = student_x0(distill.student, X0, TEXT, g)
+    distill.update_student(x0_hat, clip_times(2, 6, distill.student.schedule, g), TEXT, g)
+    assert with_gradients(distill) == {"student"}
+
+
+def test_a_fake_update_changes_the_fake_score_alone():
+    distill, g = distillation(), generator()
+    t = clip_times(2, 6, distill.student.schedule, g)
+    assert changed_by(distill, lambda: distill.update_fake(X0, t, TEXT, g)) == {"fake"}
+
+
+def test_a_fake_update_leaves_gradients_in_the_fake_score_alone():
+    distill, g = distillation(), generator()
+    x0_hat = student_x0(distill.student, X0, TEXT, g).detach()
+    distill.update_fake(x0_hat, clip_times(2, 6, distill.student.schedule, g), TEXT, g)
+    assert with_gradients(distill) == {"fake"}
+
+
+def reach(causal_scores):
+    """For teacher and fake score, whether each pass of a step lets frame 0 see frame 5."""
+    distill, passes = distillation(causal_scores), {"teacher": [], "fake": []}
+
+    def note(name, network, inputs, options, v):
+        with torch.no_grad():
+            later = inputs[0].clone()
+            later[:, 5] += 1
+            seen = network.forward(later, *inputs[1:], **options)
+        passes[name].append(not torch.equal(seen[:, 0], v[:, 0]))
+
+    for name in passes:
+        hook = functools.partial(note, name)
+        getattr(distill, name).register_forward_hook(hook, with_kwargs=True)
+    distill.step(0, X0, TEXT, generator())
+    return passes
+
+
+@pytest.mark.parametrize("name", ["teacher", "fake"])
+def test_scores_see_the_clip_bidirectionally(name):
+    passes = reach(causal_scores=False)[name]
+    assert passes
+    assert all(passes)
+
+
+@pytest.mark.parametrize("name", ["teacher", "fake"])
+def test_causal_scores_do_not_see_later_chunks(name):
+    passes = reach(causal_scores=True)[name]
+    assert passes
+    assert not any(passes)

@@ -1,39 +1,40 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import generator, tiny_model, tiny_text, tiny_vae
 from torch.nn import functional as F
 
 import evaluate
 from data import sample_clips
-from evaluate import play_walks, table
 from metrics import diversity, fixed_set, health, measure
-from model import DiT, ModelConfig
-from text import TextEncoder
-from vae import VAE, VAEConfig
-from weights import shipped
+from weights import save_weights, shipped
 
 
+# ----------------------------------------------------------------------------------- the measures
 @pytest.fixture(scope="module")
 def real():
-    clips = sample_clips(16, torch.Generator().manual_seed(0), "all")
+    clips = sample_clips(16, generator(), "all")
     return clips, clips.render()
+
+
+def blurred(video):
+    kernel = torch.exp(-(torch.linspace(-2, 2, 9) ** 2) / 2)
+    kernel = (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None]
+    planes = F.pad(video.flatten(0, 2)[:, None], (4,) * 4, mode="replicate")
+    return F.conv2d(planes, kernel).view_as(video)
 
 
 @pytest.fixture(scope="module")
 def scores(real):
     """name of a corruption -> its measures, means over the clips."""
     clips, video = real
-    g = torch.Generator().manual_seed(1)
-    kernel = torch.exp(-(torch.linspace(-2, 2, 9) ** 2) / 2)
-    kernel = (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None]
-    blurred = F.conv2d(
-        F.pad(video.flatten(0, 2)[:, None], (4,) * 4, mode="replicate"), kernel
-    ).view_as(video)
+    g = generator(1)
     made = {
         "real": video,
-        "blurred": blurred,
+        "blurred": blurred(video),
         "frozen": video[:, :1].expand_as(video),
         "shuffled in time": video[:, torch.randperm(81, generator=g)],
         "noisy": video + 0.1 * torch.randn(video.shape, generator=g),
@@ -43,26 +44,40 @@ def scores(real):
     }
 
 
-def test_real_clips_score_99_or_more(scores):
-    assert all(scores["real"][k] >= 99 for k in ("text alignment", "frame quality", "identity")), (
-        scores["real"]
-    )
-    assert scores["real"]["temporal quality"] >= 98.5
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("text alignment", 99), ("frame quality", 99), ("identity", 99), ("temporal quality", 98.5)],
+)
+def test_real_clips_score_nearly_100(scores, name, least):
+    assert scores["real"][name] >= least
 
 
-def test_shuffled_prompts_score_what_chance_gives(real):
+LOOKS = ("colour", "shape", "background")
+
+
+@pytest.fixture(scope="module")
+def shuffled(real):
+    """name -> its measure of real clips, each under the prompt of another one, many times."""
     clips, video = real
-    found = measure(video[:, :9], clips)  # the attributes but motion are seen in any frame
-    order = torch.stack([torch.arange(16).roll(k) for k in range(1, 16)])
-    chance = {
-        name: 100 * (getattr(clips, name)[order] == getattr(clips, name)).float().mean().item()
-        for name in ("colour", "shape", "background")
-    }
-    shuffled = [measure(video[:, :9], clips[torch.arange(16).roll(k)]) for k in (1, 5, 7, 11, 13)]
-    for name, value in chance.items():
-        assert found[name].mean() == 100
-        assert abs(torch.cat([s[name] for s in shuffled]).mean() - value) < 12
-    assert torch.cat([s["text alignment"] for s in shuffled]).mean() < 5
+    made = [measure(video[:, :9], clips[torch.arange(16).roll(k)]) for k in (1, 5, 7, 11, 13)]
+    return {name: torch.cat([found[name] for found in made]).mean() for name in made[0]}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_looks_are_seen_in_any_frame(real, name):
+    clips, video = real
+    assert measure(video[:, :9], clips)[name].mean() == 100
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_shuffled_prompts_score_what_chance_gives(real, shuffled, name):
+    truth = getattr(real[0], name)
+    others = truth[torch.stack([torch.arange(16).roll(k) for k in range(1, 16)])]
+    assert abs(shuffled[name] - 100 * (others == truth).float().mean()) < 12
+
+
+def test_shuffled_prompts_are_not_aligned(shuffled):
+    assert shuffled["text alignment"] < 5
 
 
 @pytest.mark.parametrize(
@@ -81,140 +96,133 @@ def test_the_group_that_should_notice_a_corruption_does(scores, corruption, grou
     assert scores[corruption][group] < scores["real"][group] - loss, scores[corruption]
 
 
-def test_what_a_corruption_leaves_alone_keeps_its_score(scores):
-    assert scores["frozen"]["frame quality"] > 98
-    assert scores["shuffled in time"]["colour"] == 100
-    assert scores["blurred"]["motion"] == 100
+@pytest.mark.parametrize(
+    ("corruption", "group", "least"),
+    [
+        ("frozen", "frame quality", 98),
+        ("shuffled in time", "colour", 100),
+        ("blurred", "motion", 100),
+    ],
+)
+def test_what_a_corruption_leaves_alone_keeps_its_score(scores, corruption, group, least):
+    assert scores[corruption][group] >= least
 
 
-def test_a_clip_that_shows_nothing_scores_nothing(real):
+@pytest.mark.parametrize(
+    "name", ["text alignment", "colour", "shape", "motion", "frame quality", "identity"]
+)
+def test_a_clip_that_shows_nothing_scores_nothing(real, name):
     clips, video = real
-    empty = measure(video[:2, :, :, :1, :1].expand(-1, -1, -1, 64, 64), clips[:2])
-    assert not any(
-        empty[k].any()
-        for k in ("text alignment", "colour", "shape", "motion", "frame quality", "identity")
-    )
+    empty = video[:2, :, :, :1, :1].expand(-1, -1, -1, 64, 64)
+    assert not measure(empty, clips[:2])[name].any()
 
 
-def test_diversity_of_the_data_is_full_and_of_one_clip_none():
-    clips = sample_clips(3000, torch.Generator().manual_seed(5))
+@pytest.fixture(scope="module")
+def varied():
+    """(clips of two prompts, 16 of each: video [2, 16, F, 3, H, W], what the prompts ask for)."""
+    clips = sample_clips(3000, generator(5))
     same = [clips[(clips.shape == 1) & (clips.motion == motion)][:16] for motion in (1, 3)]
-    video, asked = (
-        torch.stack([c.render(0, 17) for c in same]),
-        clips[torch.tensor([torch.nonzero(clips.motion == m)[0] for m in (1, 3)])],
-    )
+    asked = clips[torch.tensor([torch.nonzero(clips.motion == m)[0] for m in (1, 3)])]
     asked.shape[:] = 1
-    assert diversity(video, asked) > 85
+    return torch.stack([c.render(0, 17) for c in same]), asked
+
+
+def test_diversity_of_the_data_is_full(varied):
+    assert diversity(*varied) > 85
+
+
+def test_diversity_of_one_clip_is_none(varied):
+    video, asked = varied
     assert diversity(video[:, :1].expand(-1, 16, -1, -1, -1, -1), asked) < 1
 
 
-def test_the_fixed_set_is_fixed_and_healthy_when_real():
-    clips, generator = fixed_set()
-    again, _ = fixed_set()
+def test_the_fixed_set_is_fixed():
+    (clips, seeds), (again, same) = fixed_set(), fixed_set()
     assert clips.prompts() == again.prompts()
-    assert clips.prompts()[0] == clips.prompts()[1] != clips.prompts()[2]
-    assert generator.initial_seed() == fixed_set()[1].initial_seed()
+    assert seeds.initial_seed() == same.initial_seed()
+
+
+def test_the_fixed_set_has_each_prompt_more_than_once():
+    prompts = fixed_set()[0].prompts()
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_the_fixed_set_is_healthy_when_real():
+    clips, _ = fixed_set()
     found = health(clips.render(), clips)
     assert found["text alignment"] == 100
     assert found["diversity"] == 0
 
 
+# ------------------------------------------------------------------------------------- the tables
+@pytest.mark.parametrize("kind", ["teacher", "causal", "student"])
+def test_every_kind_of_model_makes_the_frames_asked_for(kind):
+    model = tiny_model(num_layers=2)
+    text = tiny_text().expand(2, -1, -1)
+    video = evaluate.make_videos(kind, model, tiny_vae(), text, generator(), frames=11, steps=2)
+    assert video.shape == (2, 11, 3, 64, 64)
+
+
 def test_table_has_a_row_for_each_model():
-    text = table(
-        {
-            "teacher": {"text alignment": 95.04},
-            "student": {"text alignment": 93.0, "diversity": 80.0},
-        }
-    )
-    assert text.splitlines()[2].startswith("| teacher | 95.0 |")
-    assert len(text.splitlines()) == 4
+    teacher = {"text alignment": 95.04}
+    student = {"text alignment": 93.0, "diversity": 80.0}
+    lines = evaluate.table({"teacher": teacher, "student": student}).splitlines()
+    assert lines[2].startswith("| teacher | 95.0 |")
+    assert len(lines) == 4
 
 
-def test_ablation_trains_what_is_missing_once_and_measures_every_row(
-    command_line, tmp_path, monkeypatch
-):
-    path = tmp_path / "distilled" / "student.safetensors"
-    monkeypatch.setattr(
-        evaluate, "ABLATION", [("distilled", "student", str(path), "dmd.py --clips 16")]
-    )
-    written = []
-    for _ in range(2):
-        status, out, err = command_line(
-            evaluate,
-            "--ablation",
-            "--train-options",
-            "--steps 1 --batch-size 1",
-            "--clips",
-            1,
-            "--out",
-            "table",
-        )
+def rows_of(name):
+    return json.loads(Path(f"{name}.json").read_text())["rows"]
+
+
+@pytest.fixture
+def ablate(command_line, tmp_path, monkeypatch):
+    """Calls --ablation with one row, whose weights one step trains: -> (stdout, its measures)."""
+    path = str(tmp_path / "student.safetensors")
+    row = ("distilled", "student", path, "dmd.py --clips 16")
+    monkeypatch.setattr(evaluate, "ABLATION", [row])
+    options = ["--train-options", "--steps 1 --batch-size 1", "--clips", 1, "--out", "table"]
+
+    def call():
+        status, out, err = command_line(evaluate, "--ablation", *options)
         assert status == 0, err
-        assert "| distilled | " in out, err
-        written.append(os.path.getmtime(path))
-    assert written[0] == written[1]
-    assert json.load(open("table.json"))["rows"]["distilled"]["colour"] in (0, 100)
-    assert open("table.md").read() in out
+        return out, rows_of("table")["distilled"]
+
+    return call
+
+
+def test_ablation_trains_what_is_missing_and_measures_it(ablate):
+    out, measures = ablate()
+    assert "| distilled | " in out
+    assert Path("table.md").read_text() in out
+    assert measures["colour"] in (0, 100)
+    assert Path("student.safetensors").exists()
+
+
+def test_ablation_does_not_train_what_is_there(ablate):
+    model = tiny_model()
+    save_weights("student.safetensors", model.state_dict(), model.config)
+    written = os.path.getmtime("student.safetensors")
+    out, _ = ablate()
+    assert "| distilled | " in out
+    assert os.path.getmtime("student.safetensors") == written
 
 
 def test_ablation_says_which_training_did_not_end(command_line, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        evaluate,
-        "ABLATION",
-        [("distilled", "student", str(tmp_path / "a" / "student.safetensors"), "dmd.py --steps 0")],
-    )
+    path = tmp_path / "a" / "student.safetensors"
+    row = ("distilled", "student", str(path), "dmd.py --steps 0")
+    monkeypatch.setattr(evaluate, "ABLATION", [row])
     status, _, err = command_line(evaluate, "--ablation")
     assert status == 2
     assert "a/student.safetensors" in err.splitlines()[-1]
 
 
-def test_over_time_measures_first_and_last_ten_seconds(command_line, tmp_path):
-    student = shipped("student")
-    status, out, err = command_line(
-        evaluate,
-        "--over-time",
-        "--teacher",
-        "--student",
-        student,
-        "--clips",
-        1,
-        "--seconds",
-        16,
-        "--out",
-        "time",
-    )
+def test_over_time_measures_first_and_last_ten_seconds(command_line):
+    models = ["--teacher", "--student", shipped("student")]
+    flags = ["--over-time", *models, "--clips", 1, "--seconds", 16, "--out", "time"]
+    status, out, err = command_line(evaluate, *flags)
     assert status == 0, err
-    assert "first 10 s" in out, err
-    assert "last 10 s" in out, err
-    (row,) = json.load(open("time.json"))["rows"].values()
+    assert "first 10 s" in out
+    assert "last 10 s" in out
+    (row,) = rows_of("time").values()
     assert len(row["frame quality"]) == 12  # windows of 5 seconds, one a second, in 16
-
-
-# -------------------------------------------------------------------------------------------------- the action world
-def test_play_walks_measures_what_the_model_streams_and_what_a_player_shows():
-    torch.manual_seed(0)
-    model = DiT(
-        ModelConfig(
-            dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1, chunk=1, num_actions=5
-        )
-    ).eval()
-    torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    torch.nn.init.normal_(model.action_embedding.weight)
-    world = (
-        model,
-        VAE(VAEConfig(8, 1, 16, 16, 16)).eval().requires_grad_(False),
-        TextEncoder().requires_grad_(False),
-    )
-    video, measured = play_walks(*world, count=2, frames=5, steps=1)
-    assert video.shape == (2, 5, 3, 64, 64)
-    assert set(measured) == {
-        name + part
-        for name in ("action accuracy", "frame quality", "looks")
-        for part in ("", ", last 10 s")
-    }
-    alone, _ = play_walks(*world, count=1, frames=5, steps=2)
-    played, _ = play_walks(*world, count=1, frames=5, steps=2, ahead=1)
-    assert torch.allclose(alone, played, atol=1e-4)
-    played, _ = play_walks(*world, count=2, frames=5, ahead=4)
-    assert played.shape == (2, 5, 3, 64, 64)
-    assert not torch.equal(played[0], played[1])

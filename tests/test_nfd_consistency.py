@@ -1,11 +1,14 @@
+import itertools
 from dataclasses import replace
 
+import pytest
 import torch
+from conftest import generator
 from torch import nn
 
 from diffusion import Schedule
-from model import DiT
 from nfd_consistency import consistency_loss
+from nfd_teacher import ActionDiT
 from weights import load_model, shipped
 
 MU, S, N = 0.7, 0.5, 48
@@ -25,7 +28,7 @@ def teacher(x_t, t, text):
 
 
 class Affine(nn.Module):
-    """v = a x + b, with a and b of its own for each time of the grid: enough for any map of a Gaussian to a Gaussian."""
+    """v = a x + b, with an a and b for each time of the grid: any map of a Gaussian to another."""
 
     schedule = SCHEDULE
 
@@ -38,14 +41,26 @@ class Affine(nn.Module):
         return column(self.a[level]) * x + column(self.b[level])
 
 
-def loss_of(student, target, x0, level, seed):
-    return consistency_loss(
-        student, target, teacher, x0, level, TIMES, None, torch.Generator().manual_seed(seed)
-    )
+def random_affine():
+    network = Affine()
+    nn.init.normal_(network.a)
+    return network
 
 
-def test_the_distilled_function_is_the_closed_form_one_on_a_gaussian():
-    student, target, g = Affine(), Affine(), torch.Generator().manual_seed(0)
+def loss_of(student, target, x0, level, seed=0):
+    parts = (student, target, teacher, x0, level, TIMES, None)
+    return consistency_loss(*parts, generator(seed))
+
+
+# ------------------------------------------------------------------------- what distillation finds
+X = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1, 1)
+LEVELS = [0, N // 2, N - 1]
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    """The distilled consistency function: x0 of X at a level."""
+    student, target, g = Affine(), Affine(), generator()
     optimizer = torch.optim.Adam(student.parameters(), 0.03)
     for i in range(3000):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - i / 3000)
@@ -55,41 +70,67 @@ def test_the_distilled_function_is_the_closed_form_one_on_a_gaussian():
         loss.backward()
         optimizer.step()
         target.load_state_dict(student.state_dict())
-    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1, 1)
-    for level in (0, N // 2, N - 1):
+
+    def function(level):
         t = TIMES[level].expand(9, 1)
-        made, end = SCHEDULE.x0(x, student(x, t, None), t), x
-        for u, r in zip(TIMES[level:-1], TIMES[level + 1 :]):  # the solver's own end
-            end = SCHEDULE.step(
-                end, teacher(end, u.expand(9, 1), None), u.expand(9, 1), r.expand(9, 1)
-            )
-        alpha, sigma = 1 - TIMES[level], TIMES[level]
-        closed = MU + S * (x - alpha * MU) / (alpha**2 * S**2 + sigma**2).sqrt()
-        assert (made - end).abs().max() < 0.01
-        assert (made - closed).abs().max() < 0.1
+        return SCHEDULE.x0(X, student(X, t, None), t).detach()
+
+    return function
 
 
-def test_at_time_0_the_function_is_the_identity_whatever_the_network():
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_distilled_function_is_the_end_of_the_teachers_solver(distilled, level):
+    end = X
+    for t, r in itertools.pairwise(TIMES[level:]):
+        end = SCHEDULE.step(end, teacher(end, t.expand(9, 1), None), t, r)
+    assert (distilled(level) - end).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_distilled_function_is_the_closed_form_one(distilled, level):
+    alpha, sigma = 1 - TIMES[level], TIMES[level]
+    closed = MU + S * (X - alpha * MU) / (alpha**2 * S**2 + sigma**2).sqrt()
+    assert (distilled(level) - closed).abs().max() < 0.1
+
+
+# ---------------------------------------------------------------------------------------- the loss
+@pytest.mark.parametrize(("level", "zero"), [(N, True), (N - 1, False)])
+def test_at_time_0_the_function_is_the_identity(level, zero):
     x0 = torch.randn(4, 3, 2, 2, 2, dtype=torch.float64)
-    student, target = Affine(), Affine()
-    nn.init.normal_(student.a)
-    nn.init.normal_(target.a)
-    assert loss_of(student, target, x0, torch.full((4, 3), N), 0) < 1e-12
-    assert loss_of(student, target, x0, torch.full((4, 3), N - 1), 0) > 1e-3
+    loss = loss_of(random_affine(), random_affine(), x0, torch.full((4, 3), level))
+    assert loss < 1e-12 if zero else loss > 1e-3
 
 
-def test_gradients_reach_the_student_alone_and_each_frame_has_its_own_time():
-    student, target, seen = Affine(), Affine(), []
-    nn.init.normal_(target.a)
-    student.register_forward_hook(lambda m, inputs, _: seen.append(inputs[1]))
-    level = torch.tensor([[0, 5, N], [3, 3, 1]])
-    loss_of(student, target, torch.randn(2, 3, 1, 1, 1, dtype=torch.float64), level, 0).backward()
-    assert torch.equal(seen[0], TIMES[level])
+LEVEL = torch.tensor([[0, 5, N], [3, 3, 1]])  # of each frame of two clips
+
+
+@pytest.fixture
+def trained():
+    """(student, target, the times the student saw) after the gradients of one loss at LEVEL."""
+    student, target, seen = Affine(), random_affine(), []
+    student.register_forward_hook(lambda model, inputs, v: seen.append(inputs[1]))
+    loss_of(student, target, torch.randn(2, 3, 1, 1, 1, dtype=torch.float64), LEVEL).backward()
+    return student, target, seen
+
+
+def test_each_frame_has_a_time_of_its_own(trained):
+    assert torch.equal(trained[2][0], TIMES[LEVEL])
+
+
+def test_gradients_reach_the_student_alone(trained):
+    student, target, _ = trained
     assert target.a.grad is None
-    assert student.a.grad[[0, 1, 3, 5]].abs().min() > 0
-    assert student.a.grad[[2, 4]].abs().max() == 0
+    assert student.a.grad.any()
 
 
-def test_the_shipped_player_is_its_teacher_with_a_quarter_of_the_shift():
-    teacher, player = (load_model(DiT, shipped(name)) for name in ("action_teacher", "player"))
-    assert player.config == replace(teacher.config, shift=teacher.config.shift / 4)
+def test_gradients_reach_the_times_of_the_frames_alone(trained):
+    grad = trained[0].a.grad
+    assert grad[[0, 1, 3, 5]].abs().min() > 0
+    assert grad[[2, 4]].abs().max() == 0
+
+
+def test_the_shipped_player_has_a_quarter_of_its_teachers_shift():
+    config, player = (
+        load_model(ActionDiT, shipped(name)).config for name in ("action_teacher", "player")
+    )
+    assert player == replace(config, shift=config.shift / 4)

@@ -1,77 +1,126 @@
 import pytest
 import torch
+from conftest import generator, tiny_model
 
 from diffusion import Schedule
-from model import DiT, ModelConfig
 from ode_init import chunk_levels, make_trajectories, regression_loss, student_grid
 from text import TextEncoder
 from weights import UserError
 
 
+# ----------------------------------------------------------------------------------- trajectories
+@pytest.mark.parametrize("student_steps", [1, 2, 4])
 @pytest.mark.parametrize("solver_steps", [4, 24, 48])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
-def test_student_times_lie_on_the_solver_grid(solver_steps, shift):
+def test_student_times_lie_on_the_solver_grid(solver_steps, shift, student_steps):
     schedule = Schedule(shift=shift)
-    assert torch.allclose(
-        schedule.timesteps(solver_steps)[student_grid(solver_steps)], schedule.timesteps(4)
-    )
+    on_grid = schedule.timesteps(solver_steps)[student_grid(solver_steps, student_steps)]
+    assert torch.allclose(on_grid, schedule.timesteps(student_steps))
+
+
+@pytest.mark.parametrize("solver_steps", [6, 26, 50])
+def test_student_times_that_are_not_on_the_grid_are_refused(solver_steps):
     with pytest.raises(UserError, match="multiple of 4"):
-        student_grid(solver_steps + 2)
+        student_grid(solver_steps, 4)
 
 
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    model = DiT(ModelConfig(dim=16, ffn_dim=16, freq_dim=8, num_heads=1, num_layers=1))
-    torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    return model
+def trajectories(teacher=None, solver_steps=8, student_steps=4):
+    """4 trajectories of clips of 6 latent frames, in batches of 2, and their prompts."""
+    grid = student_grid(solver_steps, student_steps)
+    parts = (teacher or tiny_model(), encoder(), 4, solver_steps, grid, (6, 8, 8, 8), "cpu")
+    return make_trajectories(*parts, batch=2)
 
 
-def test_trajectories_start_in_the_noise_and_end_where_the_solver_ends():
-    model, encoder = tiny(), TextEncoder()
-    states, prompts = make_trajectories(model, encoder, 4, 8, (6, 8, 8, 8), "cpu", batch=2)
-    again, _ = make_trajectories(model, encoder, 4, 8, (6, 8, 8, 8), "cpu", batch=2)
-    assert states.shape == (4, 5, 6, 8, 8, 8)
-    assert len(prompts) == 4
-    assert torch.equal(states, again)
-    assert abs(states[:, 0].float().std().item() - 1) < 0.05
+def encoder():
+    torch.manual_seed(0)
+    return TextEncoder()
+
+
+@pytest.mark.parametrize("student_steps", [2, 4])
+def test_a_trajectory_has_a_state_for_each_of_the_students_times(student_steps):
+    states, _ = trajectories(student_steps=student_steps)
+    assert states.shape == (4, student_steps + 1, 6, 8, 8, 8)
+
+
+def test_every_trajectory_has_a_prompt():
+    assert len(trajectories()[1]) == 4
+
+
+def test_trajectories_are_the_same_every_time():
+    assert torch.equal(trajectories()[0], trajectories()[0])
+
+
+def test_trajectories_start_in_unit_noise():
+    assert abs(trajectories()[0][:, 0].float().std().item() - 1) < 0.05
+
+
+def test_trajectories_end_elsewhere_than_they_start():
+    states, _ = trajectories()
     assert not torch.allclose(states[:, 0], states[:, -1])
 
 
-def test_target_is_the_trajectory_own_end():
-    """A student that returns the right x0 has loss 0, and the loss of any other is its distance to the last state."""
-    model, g = tiny(), torch.Generator().manual_seed(0)
-    states = torch.randn(2, 5, 6, 8, 8, 8, generator=g)
+# --------------------------------------------------------------------------------- the regression
+class Student:
+    """Says x0 = truth + error of every noisy frame, and keeps what it was asked."""
 
-    class Student:
-        config, schedule = model.config, model.schedule
-        error = 0.0
+    def __init__(self, truth, error=0.0):
+        self.config, self.schedule = tiny_model().config, tiny_model().schedule
+        self.truth, self.error = truth, error
 
-        def __call__(self, x_t, t, text, chunk, window):
-            assert chunk == 3
-            assert window == 4
-            self.seen = x_t, t
-            v = (x_t - states[:, -1] - self.error) / t[:, :, None, None, None].clamp(min=1e-9)
-            return torch.where(t[:, :, None, None, None] > 0, v, 0)
+    def __call__(self, x_t, t, text, **attention):
+        self.x_t, self.t, self.attention = x_t, t, attention
+        time = t[:, :, None, None, None]
+        v = (x_t - self.truth - self.error) / time.clamp(min=1e-9)
+        return torch.where(time > 0, v, 0)
 
-    student = Student()
-    assert regression_loss(student, states, None, g) < 1e-10
-    student.error = 0.5
-    loss = regression_loss(student, states, None, torch.Generator().manual_seed(3))
-    x_t, t = student.seen
-    assert loss.item() == pytest.approx(0.25 * (t > 0).float().mean().item(), rel=1e-3)
-    # what the student sees is the trajectory's state at each chunk's time, and the times are the student's
-    times = model.schedule.timesteps(4).float()
+
+def regress(error=0.0, seed=0):
+    """(the loss, the trajectories, the student) of one call."""
+    states = torch.randn(2, 5, 6, 8, 8, 8, generator=generator())
+    student = Student(states[:, -1], error)
+    return regression_loss(student, states, None, generator(seed)), states, student
+
+
+def test_a_student_that_says_the_trajectorys_end_has_no_loss():
+    loss, _, _ = regress()
+    assert loss < 1e-10
+
+
+def test_the_loss_is_the_distance_to_the_trajectorys_end():
+    loss, _, student = regress(error=0.5, seed=1)
+    share = (student.t > 0).float().mean().item()  # clean frames are right whatever it says
+    assert 0 < share < 1
+    assert loss.item() == pytest.approx(0.25 * share, rel=1e-3)
+
+
+def test_the_student_sees_the_trajectorys_state_at_each_frames_time():
+    _, states, student = regress(seed=1)
+    times = student.schedule.timesteps(4).float()
     for b in range(2):
         for f in range(6):
-            level = (times - t[b, f]).abs().argmin()
-            assert times[level] == t[b, f]
-            assert torch.equal(x_t[b, f], states[b, level, f])
+            level = (times - student.t[b, f]).abs().argmin()
+            assert times[level] == student.t[b, f]
+            assert torch.equal(student.x_t[b, f], states[b, level, f])
 
 
-def test_levels_are_one_per_chunk_independent_and_include_clean():
-    levels = chunk_levels(500, 7, 3, 5, torch.Generator().manual_seed(0))
-    assert levels.shape == (500, 7)
-    assert set(levels.flatten().tolist()) == {0, 1, 2, 3, 4}
-    assert (levels[:, 0] == levels[:, 2]).all()
-    assert (levels[:, 3] == levels[:, 5]).all()
-    assert 0.1 < (levels[:, 0] == levels[:, 3]).float().mean() < 0.3
+def test_the_student_attends_by_chunk_and_window_of_its_config():
+    _, _, student = regress()
+    assert student.attention == {"chunk": 3, "window": 4}
+
+
+def levels():
+    return chunk_levels(500, 7, 3, 5, generator())
+
+
+def test_levels_include_the_clean_one():
+    assert set(levels().flatten().tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_the_frames_of_a_chunk_have_one_level():
+    assert levels().shape == (500, 7)
+    assert (levels()[:, 0] == levels()[:, 2]).all()
+    assert (levels()[:, 3] == levels()[:, 5]).all()
+
+
+def test_levels_of_chunks_are_independent():
+    assert 0.1 < (levels()[:, 0] == levels()[:, 3]).float().mean() < 0.3
