@@ -9,7 +9,7 @@ own; in sampling those of past chunks come from the cache.
     python attention.py     draws the block-causal mask to mask.png
 """
 
-import sys
+import functools
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ def attend_chunks(q, k, v, chunk, window=None):
 
 
 # ------------------------------------------------------------------------------ rotary positions
-def rope_angles(head_dim, frames, height, width, start=0, device=None):
+def rope_angles(head_dim, frames, height, width, start=0):
     """Compute the angles of 3-D RoPE: [frames * height * width, head_dim / 2], in float64.
 
     The channel pairs of a head are shared out over (time, height, width) as in Wan 2.1: of
@@ -62,8 +62,8 @@ def rope_angles(head_dim, frames, height, width, start=0, device=None):
     axes = ((frames, head_dim - 2 * share, start), (height, share, 0), (width, share, 0))
     grids = []
     for axis, (size, channels, first) in enumerate(axes):
-        position = torch.arange(first, first + size, dtype=torch.float64, device=device)
-        pair = torch.arange(0, channels, 2, dtype=torch.float64, device=device)
+        position = torch.arange(first, first + size, dtype=torch.float64)
+        pair = torch.arange(0, channels, 2, dtype=torch.float64)
         # the angle of channel pair i at position p on an axis of n channels: p 10000^(-2 i / n)
         angles = torch.outer(position, 10000.0 ** -(pair / channels))  # [size, channels / 2]
         shape = [1, 1, 1, -1]
@@ -72,10 +72,13 @@ def rope_angles(head_dim, frames, height, width, start=0, device=None):
     return torch.cat(grids, dim=-1).flatten(0, 2)
 
 
-def rope_table(angles, dtype):
-    """Turn angles [L, d/2] into e^(i angle) [L, 1, d/2], in double precision for float64 inputs."""
-    table = torch.polar(torch.ones_like(angles), angles)
-    return table.to(torch.complex128 if dtype == torch.float64 else torch.complex64)[:, None]
+@functools.lru_cache(64)
+def rope(head_dim, frames, height, width, start, dtype, device):
+    """Make e^(i angle) [L, 1, head_dim / 2] of `rope_angles`, once: on the CPU, since not every
+    device has float64; in double precision for float64 inputs."""
+    angles = rope_angles(head_dim, frames, height, width, start)
+    table = torch.polar(torch.ones_like(angles), angles)[:, None]
+    return table.to(torch.complex128 if dtype == torch.float64 else torch.complex64).to(device)
 
 
 def rotate(x, table):
@@ -127,9 +130,8 @@ class KVCache:
         evicted = self.frames - (self.window - 1) * self.chunk
         if evicted > 0:
             old, new = evicted * self.tokens, self.frames * self.tokens
-            back = rope_angles(self.head_dim, 1, 1, 1, start=-evicted, device=self.k.device)
-            table = rope_table(back, self.k.dtype)
-            self.k[:, :, : new - old] = rotate(self.k[:, :, old:new], table)
+            back = rope(self.head_dim, 1, 1, 1, -evicted, self.k.dtype, self.k.device)
+            self.k[:, :, : new - old] = rotate(self.k[:, :, old:new], back)
             self.v[:, :, : new - old] = self.v[:, :, old:new].clone()
             self.frames -= evicted
 
@@ -176,11 +178,22 @@ class CrossAttention(Projections):
         return self.o(attend(q, *keys).flatten(2))
 
 
-if __name__ == "__main__":
+def main():
     import imageio.v3 as iio
 
+    import flags
+
+    parser = flags.Parser("Draw the block-causal mask.")
+    parser.add_argument("out", nargs="?", default="mask.png", type=flags.picture, help="FILE.png")
+    args = parser.parse_args()
     # light gray: seen without a window; white: seen through a window of 4 chunks
     mask = block_causal_mask(frames=21, chunk=3).byte() * 170 + 60
     mask += 25 * block_causal_mask(frames=21, chunk=3, window=4).byte()
     picture = mask.repeat_interleave(12, 0).repeat_interleave(12, 1).numpy()
-    iio.imwrite(sys.argv[1] if len(sys.argv) > 1 else "mask.png", picture)
+    iio.imwrite(args.out, picture)
+
+
+if __name__ == "__main__":
+    import weights
+
+    weights.run_main(main)

@@ -7,7 +7,6 @@ Every time is the median of several, taken in turns, so that what else a machine
 rows alike.
 """
 
-import argparse
 import itertools
 import statistics
 import time
@@ -16,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import flags
 from data import FRAMES, SIZE
 from diffusion import TEACHER_STEPS, noise_source, solve_teacher
 from model import DiT, ModelConfig
@@ -23,7 +23,7 @@ from sample import PROMPT, denoise_chunk, remember_chunk, text_to_video
 from text import TextConfig, TextEncoder
 from training import write_results
 from vae import VAE, VAEConfig
-from weights import UserError, device_flags, hardware, load_model, on_device, run_main, shipped
+from weights import hardware, load_model, run_main, shipped
 
 LARGE = {"freq_dim": 256, "in_dim": 16, "out_dim": 16}
 SIZES = {  # fields of the transformer's config, or None for the shipped one; height, width
@@ -219,11 +219,12 @@ def stream_rows(teacher, student, vae, encoder, size, device, dtype, repeats):
 # ---------------------------------------------------------------------------------- command line
 def bench_parser(description, out):
     """The flags of a benchmark."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--size", default="small", choices=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=5)
-    device_flags(parser)
-    parser.add_argument("--out", default=out, help="FILE: writes FILE.json and FILE.md")
+    parser = flags.Parser(description)
+    add = parser.add_argument
+    add("--size", default="small", choices=list(SIZES), help="of the models and the video")
+    add("--repeats", type=flags.whole(), default=5, help="turns, of which the median counts")
+    flags.device_flags(parser)
+    add("--out", default=out, type=flags.words, help="FILE: writes FILE.json and FILE.md")
     return parser
 
 
@@ -265,11 +266,9 @@ def main():
     description = "Measure speed: teacher and student side by side, and each stage."
     parser = bench_parser(description, "runs/bench")
     told = "the chunk whose time is compared with that of the first with a full window before them"
-    parser.add_argument("--late", type=int, default=1000, help=told)
+    parser.add_argument("--late", type=flags.whole(), default=1000, help=told)
     args = parser.parse_args()
-    if min(args.repeats, args.late) < 1:
-        raise UserError("--repeats and --late must be at least 1")
-    device, dtype = on_device(args.device, args.dtype)
+    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     fields, *size = SIZES[args.size]
     if fields is None:
         parts = shipped_parts(DiT, ("teacher", "student", "vae"), device, dtype)

@@ -6,7 +6,6 @@ which: "a red circle bouncing on a black background". All is drawn in torch, on 
     python data.py          draws a sheet of samples to shapes.png
 """
 
-import argparse
 import math
 from dataclasses import dataclass, fields
 
@@ -217,13 +216,20 @@ def sample_clips(count, generator, split="train"):
     return Clips(colour, shape, motion, background, radius, x, y, reach, phase, rate)
 
 
-if __name__ == "__main__":
+def main():
+    import flags
     import media
 
-    parser = argparse.ArgumentParser(description="Draw a sheet of samples of the shapes world.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="shapes.png")
+    parser = flags.Parser("Draw a sheet of samples of the shapes world.")
+    parser.add_argument("--seed", type=flags.SEED, default=0, help="of the clips")
+    parser.add_argument("--out", type=flags.picture, default="shapes.png", help="FILE.png")
     args = parser.parse_args()
     clips = sample_clips(12, torch.Generator().manual_seed(args.seed))
     media.save_sheet(clips.render(), args.out)
     print("\n".join(clips.prompts()), f"wrote {args.out}", sep="\n")
+
+
+if __name__ == "__main__":
+    import weights
+
+    weights.run_main(main)

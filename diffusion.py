@@ -13,7 +13,7 @@ GUIDANCE = 2.0  # the paper: 3.5; in the small shapes world 2 makes cleaner shap
 def per_frame(t, like):
     """Shape times t [B, T], or one time, so that they multiply latents [B, T, C, h, w]."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    t = torch.as_tensor(t, device=like.device, dtype=dtype)
+    t = torch.as_tensor(t).to(dtype).to(like.device)
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
 
 

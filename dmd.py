@@ -8,6 +8,7 @@ import copy
 import torch
 from torch.nn import functional as F
 
+import flags
 import training
 from data import sample_clips
 from dataset import LatentClips
@@ -17,7 +18,7 @@ from ode_init import chunk_levels, student_sheet
 from sample import denoise_chunk, predict_x0, remember_chunk
 from text import TextEncoder
 from vae import VAE
-from weights import UserError, check_fit, load_model, run_main, shipped
+from weights import check_fit, load_model, run_main, shipped
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -151,20 +152,21 @@ class Distillation:
 
 def main():
     description = "Distil the teacher into the causal few-step student."
-    parser = training.model_parser(description, 450, 8, 1e-4, "runs/dmd")
+    parser = flags.model_parser(description, 450, 8, 1e-4, "runs/dmd")
     add = parser.add_argument
-    add("--guidance", type=float, default=GUIDANCE, help="of the teacher")
-    add("--fake-updates", type=int, default=5, help="of the fake score for one of the student")
-    add("--teacher", default=shipped("teacher"), help="weights that the scores start from")
-    add("--student", default=shipped("ode_init"), help="weights that the student starts from")
+    add("--guidance", type=flags.real(0), default=GUIDANCE, help="of the teacher")
+    told = "of the fake score for one of the student"
+    add("--fake-updates", type=flags.whole(), default=5, help=told)
+    told = "weights that the scores start from"
+    add("--teacher", default=shipped("teacher"), type=flags.source, help=told)
+    told = "weights that the student starts from"
+    add("--student", default=shipped("ode_init"), type=flags.source, help=told)
     told = "the teacher is a causal one, and so is the fake score"
     add("--causal-scores", action="store_true", help=told)
-    told = "what it denoises: noised data (CausVid), or noise, from its own cache (Self Forcing)"
+    told = "what it denoises: noised data, CausVid, or noise, from its own cache, Self Forcing"
     add("--rollout", choices=["data", "self"], default="data", help=told)
-    add("--clips", type=int, default=3072, help="clips in the training set")
+    add("--clips", type=flags.whole(), default=3072, help="clips to train on")
     args = parser.parse_args()
-    if args.fake_updates < 1:
-        raise UserError("--fake-updates must be at least 1")
     run = training.start_run(args)
     vae = load_model(VAE, args.vae, run.device)
     encoder = load_model(TextEncoder, args.text_encoder, run.device)

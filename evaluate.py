@@ -5,7 +5,6 @@ Everything is measured from the pixels alone (metrics.py).
     python evaluate.py      samples the shipped teacher and student with held-out prompts
 """
 
-import argparse
 import functools
 import os
 import subprocess
@@ -15,8 +14,8 @@ from dataclasses import fields
 import torch
 from tqdm import tqdm
 
+import flags
 import sample
-import weights
 from data import FPS, FRAMES, sample_clips
 from diffusion import TEACHER_STEPS, noise_source, with_null
 from metrics import Recovered, diversity, measure, recover
@@ -24,7 +23,7 @@ from model import DiT
 from text import TextEncoder
 from training import write_results
 from vae import VAE
-from weights import ROOT, UserError, load_model, run_main, shipped
+from weights import ROOT, UserError, check_fit, load_model, run_main, shipped
 
 SPAN = 5 * FPS  # frames of a window of `over_time`
 
@@ -189,41 +188,45 @@ def ablation_jobs(options):
 
 # ---------------------------------------------------------------------------------- command line
 def main():
-    parser = argparse.ArgumentParser(description="Measure what models make of held-out prompts.")
+    parser = flags.Parser("Measure what models make of held-out prompts.")
     add = parser.add_argument
-    told = "weights to sample in many steps, bidirectionally"
-    add("--teacher", nargs="*", default=[shipped("teacher")], help=told)
-    told = "weights to stream in few steps"
-    add("--student", nargs="*", default=[shipped("student")], help=told)
-    add("--causal", nargs="*", default=[], help="weights to stream in many guided steps")
+    files = {"nargs": "*", "type": flags.source, "metavar": "FILE"}
+    told = "weights to sample in many steps, bidirectionally (with no weights at all the shipped)"
+    add("--teacher", help=told, **files)
+    told = "weights to stream in few steps (with no weights at all the shipped)"
+    add("--student", help=told, **files)
+    add("--causal", default=[], help="weights to stream in many guided steps (none)", **files)
     told = "the paper's Table 4 instead, after training what is missing"
     add("--ablation", action="store_true", help=told)
-    told = 'flags for the trainings of --ablation, such as "--steps 600 --batch-size 8"'
+    told = 'flags for the trainings of --ablation, such as "--steps 600 --batch-size 8" (none)'
     add("--train-options", default="", help=told)
-    told = "measure over a long stream (the paper's Figure 8); with matplotlib also a picture"
+    told = "measure over a long stream, the paper's Figure 8; with matplotlib also a picture"
     add("--over-time", action="store_true", help=told)
-    add("--seconds", type=int, default=60, help="length of --over-time, 15 or more")
-    add("--clips", type=int, default=200)
-    add("--split", default="held-out", choices=["held-out", "train"])
-    add("--seed", type=int, default=0)
-    add("--device", default="auto")
-    weights.codec_flags(parser)
+    add("--seconds", type=flags.whole(15, 10**6), default=60, help="length of --over-time")
+    add("--clips", type=flags.whole(), default=200, help="of each model")
+    told = "the prompts' combinations"
+    add("--split", default="held-out", choices=["held-out", "train"], help=told)
+    add("--seed", type=flags.SEED, default=0, help="of clips and noise")
+    flags.codec_flags(parser)
+    flags.device_flags(parser)
     told = "FILE: writes FILE.json and FILE.md, and with --over-time FILE.png"
-    add("--out", default="runs/evaluate", help=told)
+    add("--out", default="runs/evaluate", type=flags.words, help=told)
     args = parser.parse_args()
-    if args.clips < 1 or args.seconds < 15:
-        raise UserError("--clips must be at least 1 and --seconds at least 15")
-    device, _ = weights.on_device(args.device)
+    device, _ = flags.on_device(args.device, "float32", args.threads)
     jobs = []
+    nothing = not (args.teacher or args.student or args.causal)
     for kind in ("teacher", "causal", "student"):
-        jobs += [(f"{kind} {os.path.relpath(path)}", kind, path) for path in getattr(args, kind)]
+        paths = getattr(args, kind)
+        if paths == [] or (paths is None and nothing):
+            paths = [] if kind == "causal" else [shipped(kind)]
+        jobs += [(f"{kind} {os.path.relpath(path)}", kind, path) for path in paths or []]
     if args.ablation:
         jobs = ablation_jobs(args.train_options.split())
     encoder = load_model(TextEncoder, args.text_encoder, device)
     vae, rows = load_model(VAE, args.vae, device), {}
     models = [load_model(DiT, path, device) for _, _, path in jobs]
     for model in models:
-        weights.check_fit(model, vae, encoder)
+        check_fit(model, vae, encoder)
     for (name, kind, _), model in zip(jobs, models, strict=True):
         world = (kind, model, vae, encoder)
         if not args.over_time:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attention import CrossAttention, KVCache, SelfAttention, rope_angles, rope_table
+from attention import CrossAttention, KVCache, SelfAttention, rope
 from diffusion import Schedule
 
 
@@ -106,9 +106,10 @@ class Head(nn.Module):
 
 def sinusoidal_embedding(t, dim):
     """Embed t [...] as [cos, sin] at dim / 2 frequencies from 1 to 1/10000: [..., dim], float64."""
+    double = torch.float64 if t.device.type in ("cpu", "cuda") else torch.float32  # MPS has none
     half = dim // 2
-    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
-    angles = t.double()[..., None] * frequencies
+    frequencies = 10000.0 ** -(torch.arange(half, dtype=double, device=t.device) / half)
+    angles = t.to(double)[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -194,7 +195,7 @@ class DiT(nn.Module):
         start = 0
         if cache is not None:
             start, chunk, window = cache.frames, cache.chunk, cache.window
-        table = rope_table(rope_angles(c.dim // c.num_heads, *grid, start, x.device), x.dtype)
+        table = rope(c.dim // c.num_heads, *grid, start, x.dtype, x.device)
         tokens = None if chunk is None else chunk * grid[1] * grid[2]
         attention = {"table": table, "chunk": tokens, "window": window, "cache": cache}
         for layer, block in enumerate(self.blocks):

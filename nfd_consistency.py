@@ -15,12 +15,13 @@ from dataclasses import replace
 
 import torch
 
+import flags
 import training
 from nfd_teacher import WALK, ActionDiT, WalkLatents, draw_walk_times, own_past, walk_sheet
 from nfd_world import sample_walks
 from text import TextEncoder
 from vae import VAE
-from weights import codec_flags, load_model, run_main, shipped
+from weights import load_model, run_main, shipped
 
 
 def consistency_loss(student, target, teacher, x0, level, times, text, generator, **attention):
@@ -46,13 +47,13 @@ def consistency_loss(student, target, teacher, x0, level, times, text, generator
 
 def main():
     description = "Distil the action teacher into a few-step player."
-    parser = training.training_parser(description, 100, 16, 3e-5, "runs/player")
+    parser = flags.training_parser(description, 100, 16, 3e-5, "runs/player")
     add = parser.add_argument
-    add("--teacher", default=shipped("action_teacher"), help="weights to distil")
+    add("--teacher", default=shipped("action_teacher"), type=flags.source, help="weights to distil")
     told = "steps of the solver that the consistency function follows"
-    add("--grid", type=int, default=2, help=told)
-    add("--clips", type=int, default=3072, help="walks in the training set")
-    codec_flags(parser, vae="vae_frame")
+    add("--grid", type=flags.whole(1, 1000), default=2, help=told)
+    add("--clips", type=flags.whole(), default=3072, help="walks to train on")
+    flags.codec_flags(parser, vae="vae_frame")
     args = parser.parse_args()
     run = training.start_run(args)
     vae = load_model(VAE, args.vae, run.device)

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import bench
+import flags
 from data import FPS, FRAMES
 from evaluate import table
 from nfd_teacher import ActionConfig, ActionDiT, stream_walks
@@ -20,7 +21,7 @@ from play import LOOKS, Player
 from text import TextEncoder
 from training import write_results
 from vae import VAE
-from weights import UserError, load_model, on_device, run_main, shipped
+from weights import load_model, run_main, shipped
 
 TEACHER_STEPS = 16
 AHEAD = 8  # frames that the player makes ahead at most
@@ -131,13 +132,11 @@ def main():
     parser = bench.bench_parser(description, "runs/nfd_evaluate")
     add = parser.add_argument
     add("--bench", action="store_true", help="measure speed instead of quality")
-    add("--clips", type=int, default=20, help="walks")
-    add("--seconds", type=int, default=60, help="length of the walks, 15 or more")
-    add("--seed", type=int, default=0)
+    add("--clips", type=flags.whole(), default=20, help="walks")
+    add("--seconds", type=flags.whole(15, 10**6), default=60, help="length of the walks")
+    add("--seed", type=flags.SEED, default=0, help="of walks and noise")
     args = parser.parse_args()
-    if min(args.clips, args.repeats) < 1 or args.seconds < 15:
-        raise UserError("--clips and --repeats must be at least 1 and --seconds at least 15")
-    device, dtype = on_device(args.device, args.dtype)
+    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     if args.bench:
         result = measure_speed(args.size, device, dtype, args.repeats)
         write_results(args.out, result, bench.table(result))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
+import flags
 import training
 from data import SIZE
 from dataset import draw_pieces, encode_clips
@@ -23,7 +24,7 @@ from sample import chunk_shape, denoise_chunk, from_noise, remember_chunk, strea
 from teacher import draw_chunk_times, drop_prompts
 from text import TextEncoder
 from vae import VAE
-from weights import codec_flags, load_model, read_weights, run_main, shipped
+from weights import load_model, read_weights, run_main, shipped
 
 WALK = 96  # frames of a walk in the training set
 
@@ -209,11 +210,12 @@ def own_past(model, x0, steps, text, actions, generator, run=4):
 
 def main():
     description = "Train the causal teacher of the action world, a frame at a time."
-    parser = training.training_parser(description, 1600, 16, 2e-3, "runs/action_teacher")
-    parser.add_argument("--clips", type=int, default=3072, help="walks in the training set")
+    parser = flags.training_parser(description, 1600, 16, 2e-3, "runs/action_teacher")
+    parser.add_argument("--clips", type=flags.whole(), default=3072, help="walks to train on")
     told = "weights to start from, of a text-to-video teacher or of an action teacher"
-    parser.add_argument("--weights", default=shipped("teacher"), help=told)
-    codec_flags(parser, vae="vae_frame")
+    add = parser.add_argument
+    add("--weights", default=shipped("teacher"), type=flags.source, help=told)
+    flags.codec_flags(parser, vae="vae_frame")
     args = parser.parse_args()
     run = training.start_run(args)
     has_actions = (read_weights(args.weights)[1] or {}).get("num_actions")

@@ -7,6 +7,7 @@ python nfd_vae.py       makes it of the shipped VAE, and trains it on
 
 from dataclasses import replace
 
+import flags
 import training
 from vae import VAE, train_vae, vae_loss
 from weights import load_model, run_main, shipped
@@ -30,7 +31,7 @@ def frame_wise(vae):
 def main():
     description = "Make a frame-wise autoencoder of the shipped one, and train it on."
     run = training.start_run(
-        training.training_parser(description, 400, 8, 1e-3, "runs/vae_frame").parse_args()
+        flags.training_parser(description, 400, 8, 1e-3, "runs/vae_frame").parse_args()
     )
     vae = frame_wise(load_model(VAE, shipped("vae"), run.device))
     train_vae(run, "vae_frame", vae, vae_loss, vae, begin=1.0)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import flags
 import training
 from data import FRAMES, SIZE, sample_clips
 from dataset import kept_in
@@ -61,7 +62,7 @@ def regression_loss(student, states, text, generator):
     level = chunk_levels(B, T, c.chunk, N, generator).to(states.device)  # [B, T]
     clip = torch.arange(B, device=states.device)[:, None]
     x_t = states[clip, level, torch.arange(T, device=states.device)]
-    t = student.schedule.timesteps(N - 1).to(states.device, torch.float32)[level]
+    t = student.schedule.timesteps(N - 1).float().to(states.device)[level]
     v = student(x_t, t, text, chunk=c.chunk, window=c.window)
     # L_init = E || G({x_{t^i}^i}, {t^i}) - {x_0^i} ||^2
     return F.mse_loss(student.schedule.x0(x_t, v.float(), t), states[:, -1])
@@ -78,11 +79,13 @@ def student_sheet(student, vae, encoder, path):
 
 def main():
     description = "Train the causal student on the teacher's ODE trajectories."
-    parser = training.model_parser(description, 500, 8, 5e-4, "runs/ode_init")
+    parser = flags.model_parser(description, 500, 8, 5e-4, "runs/ode_init")
     add = parser.add_argument
-    add("--teacher", default=shipped("teacher"), help="weights whose ODE is solved")
-    add("--trajectories", type=int, default=448, help="how many (paper: about 1000)")
-    add("--solver-steps", type=int, default=12, help="steps of the ODE solver (paper: 50)")
+    told = "weights whose ODE is solved"
+    add("--teacher", default=shipped("teacher"), type=flags.source, help=told)
+    add("--trajectories", type=flags.whole(), default=448, help="how many")
+    told = "steps of the ODE solver"
+    add("--solver-steps", type=flags.whole(1, 1000), default=12, help=told)
     args = parser.parse_args()
     run = training.start_run(args)
     vae = load_model(VAE, args.vae, run.device)

@@ -4,12 +4,12 @@ python play.py                                                      a page on lo
 python play.py --actions right*20,up*10,none*5 --out play.mp4       plays a script
 """
 
-import argparse
 import time
 
 import torch
 from tqdm import tqdm
 
+import flags
 import weights
 from data import SIZE
 from media import FrameWriter, check_out
@@ -122,32 +122,32 @@ def parse_actions(text):
 @torch.no_grad()
 def main():
     description = "Play in a world that a causal diffusion model makes, frame by frame."
-    parser = argparse.ArgumentParser(description=description)
+    parser = flags.Parser(description)
     add = parser.add_argument
-    add("--actions", help='such as "right*20,up*10,none*5"; without it a page opens on localhost')
-    add("--out", default="play.mp4", help="FILE.mp4, FILE.gif, or FILE.png for a sheet of frames")
-    add("--looks", default=LOOKS, help=f'what is moved, such as "{LOOKS}"')
-    add("--seed", type=int, default=0)
-    add("--steps", type=int, help="denoising steps (the weights' own)")
+    told = 'such as "right*20,up*10,none*5"; without it a page opens on localhost'
+    add("--actions", type=flags.words, help=told)
+    told = "FILE.mp4, FILE.gif, or FILE.png for a sheet of frames"
+    add("--out", default="play.mp4", type=flags.words, help=told)
+    add("--looks", default=LOOKS, type=flags.words, help="what is moved")
+    add("--seed", type=flags.SEED, default=0, help="of the noise")
+    add("--steps", type=flags.whole(1, 1000), help="denoising steps (the weights' own)")
     told = "frames made ahead at most; 1: no speculative sampling"
-    add("--ahead", type=int, default=8, help=told)
-    add("--port", type=int, default=8000, help="of the page")
-    add("--weights", default=shipped("player"), help="weights of the transformer")
-    weights.codec_flags(parser, vae="vae_frame")
-    weights.device_flags(parser)
+    add("--ahead", type=flags.whole(1, 1000), default=8, help=told)
+    add("--port", type=flags.whole(0, 65535), default=8000, help="of the page")
+    told = "weights of the transformer"
+    add("--weights", default=shipped("player"), type=flags.source, help=told)
+    flags.codec_flags(parser, vae="vae_frame")
+    flags.device_flags(parser)
     args = parser.parse_args()
-    if not args.looks.strip():
-        raise UserError(f'--looks is empty; try "{LOOKS}"')
-    if args.ahead < 1 or (args.steps is not None and args.steps < 1):
-        raise UserError("--steps and --ahead must be at least 1")
-    if not 0 <= args.port < 65536:
-        raise UserError(f"--port must lie between 0 and 65535, not {args.port}")
     actions = args.actions and parse_actions(args.actions)
-    device, dtype = weights.on_device(args.device, args.dtype)
+    if actions:
+        check_out(args.out)
+    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     model = load_model(ActionDiT, args.weights, device).to(dtype)
     vae = load_model(VAE, args.vae, device).to(dtype)
     encoder = load_model(TextEncoder, args.text_encoder, device)
     weights.check_fit(model, vae, encoder)
+    flags.say_what_is_unknown([args.looks], encoder.config.words)
     if vae.config.time_stride != 1:
         raise UserError(f"{args.vae} merges frames in time; the player needs one like vae_frame")
 
@@ -160,7 +160,6 @@ def main():
 
         page.serve(player, device, dtype, args.port)
         return
-    check_out(args.out)
     world, started = player(args.looks), time.perf_counter()
     with FrameWriter(args.out, len(actions)) as writer:
         for action in tqdm(actions, unit="frame", desc="playing"):

@@ -6,7 +6,6 @@ A stream goes on for as long as one likes, starts from an image, follows another
 new prompts on the way: `stream` is the loop, and what varies comes in from outside.
 """
 
-import argparse
 import functools
 import itertools
 import math
@@ -16,6 +15,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import flags
 import weights
 from data import FPS, FRAMES, SIZE
 from diffusion import GUIDANCE, TEACHER_STEPS, guided_v, noise_source, solve_ode, solve_teacher
@@ -126,6 +126,12 @@ def prompt_at(changes):
     return prompt
 
 
+def last_chunk(model, vae, frames):
+    """The frame at which the last chunk of a stream of `frames` frames begins."""
+    stride, k = vae.config.time_stride, model.config.chunk
+    return max([0, *range(1 + stride * (k - 1), frames, stride * k)])
+
+
 def chunk_shape(model, vae, count, size=(SIZE, SIZE)):
     """The shape [B, k, C, h, w] of a chunk of `count` videos of size (H, W)."""
     return (count, model.config.chunk, *vae.latent_shape(1, *size)[1:])
@@ -153,97 +159,49 @@ def sample_teacher(model, vae, text, generator, frames, steps=TEACHER_STEPS):
 
 # ---------------------------------------------------------------------------------- command line
 def parse_args():
-    description = "Make a video from a prompt, streaming it chunk by chunk."
-    parser = argparse.ArgumentParser(description=description)
+    parser = flags.Parser("Make a video from a prompt, streaming it chunk by chunk.")
     add = parser.add_argument
-    add("--prompt", help=f'such as "{PROMPT}"')
-    add("--seconds", type=float, help="length at 16 frames/s (5; with --video the video's)")
-    add("--seed", type=int, default=0)
-    add("--out", help="FILE.mp4, .gif, or .png for a sheet (sample.mp4); with --prompts a folder")
+    add("--prompt", type=flags.words, help=f'such as "{PROMPT}"')
+    told = "length at 16 frames/s (5; with --video the video's)"
+    add("--seconds", type=flags.real(0, above=True), help=told)
+    add("--seed", type=flags.SEED, default=0, help="of the noise")
+    told = "FILE.mp4, .gif, or .png for a sheet (sample.mp4); with --prompts a folder (samples)"
+    add("--out", type=flags.words, help=told)
     where = ("SECONDS", "TEXT")
     told = "change the prompt on the way; any number of times"
     add("--prompt-at", nargs=2, action="append", default=[], metavar=where, help=told)
-    add("--image", help="begin with this image")
-    add("--video", help="follow this video")
-    add("--strength", type=float, help="the time t that --video is noised to, 0 to 1 (0.7)")
-    add("--prompts", help="a file of prompts, one a line: videos of all into the folder --out")
-    add("--samples", type=int, help="videos for each of --prompts (5)")
-    add("--steps", type=int, help=f"denoising steps (the weights' own; teacher {TEACHER_STEPS})")
-    add("--window", type=int, help="chunks that a chunk attends to, itself included")
-    told = f"sample the bidirectional many-step teacher, for comparison (at most {FRAMES} frames)"
-    add("--teacher", action="store_true", help=told)
-    add("--weights", help="of the transformer (weights/student.safetensors, teacher.safetensors)")
-    weights.codec_flags(parser)
-    weights.device_flags(parser)
+    add("--image", type=flags.source, help="begin with this image")
+    add("--video", type=flags.source, help="follow this video")
+    told = "the time t that --video is noised to, 0 to 1 (0.7)"
+    add("--strength", type=flags.real(0, 1), help=told)
+    told = "a file of prompts, one a line: videos of all into the folder --out"
+    add("--prompts", type=flags.source, help=told)
+    add("--samples", type=flags.whole(1, 10**6), help="videos for each of --prompts (5)")
+    told = f"denoising steps (the weights' own; teacher {TEACHER_STEPS})"
+    add("--steps", type=flags.whole(1, 1000), help=told)
+    told = "chunks that a chunk attends to, itself included (the weights' own)"
+    add("--window", type=flags.whole(1, 1000), help=told)
+    told = f"sample a bidirectional many-step teacher, at most {FRAMES} frames (the shipped)"
+    teacher = {"nargs": "?", "const": shipped("teacher"), "metavar": "FILE", "type": flags.source}
+    add("--teacher", help=told, **teacher)
+    told = "weights of the student"
+    add("--weights", type=flags.source, default=shipped("student"), help=told)
+    flags.codec_flags(parser)
+    flags.device_flags(parser)
     args = parser.parse_args()
-    check_combination(args)
-    check_numbers(args)
-    args.changes = prompt_changes(args.prompt, args.prompt_at, args.seconds or math.inf)
+    flags.check_combination(args, PROMPT)
+    args.seconds = args.seconds or (None if args.video else 5.0)
+    args.changes = flags.prompt_changes(args.prompt, args.prompt_at, args.seconds or math.inf)
+    args.frames = args.seconds and max(1, round(args.seconds * FPS))
+    if args.teacher and args.frames > FRAMES:
+        raise UserError(f"the teacher makes at most {FRAMES} frames, {FRAMES / FPS:.2f} seconds")
     if args.prompts:
         args.prompts = read_prompts(args.prompts)
         args.out = args.out or "samples"
-        weights.make_folder(args.out)
     else:
         args.out = args.out or "sample.mp4"
         check_out(args.out)
-    args.weights = args.weights or shipped("teacher" if args.teacher else "student")
     return args
-
-
-def check_combination(args):
-    """Raise UserError for flags that do not go together."""
-    example = f'try --prompt "{PROMPT}"'
-    if (args.prompt is None) == (args.prompts is None):
-        raise UserError(f"give one of --prompt and --prompts; {example}")
-    if args.prompt is not None and not args.prompt.strip():
-        raise UserError(f"the prompt is empty; {example}")
-    if args.samples is not None and args.prompts is None:
-        raise UserError("--samples goes with --prompts")
-    if args.strength is not None and args.video is None:
-        raise UserError("--strength goes with --video")
-    if args.image and args.video:
-        raise UserError("give one of --image and --video")
-    for flag in ("image", "video", "prompt-at"):
-        for other in ("teacher", "prompts"):
-            if getattr(args, flag.replace("-", "_")) and getattr(args, other):
-                raise UserError(f"--{flag} does not go with --{other}")
-
-
-def check_numbers(args):
-    """Fill in the defaults of the numbers; raise UserError for those that no video can have."""
-    args.strength = 0.7 if args.strength is None else args.strength
-    args.samples = 5 if args.samples is None else args.samples
-    if args.seconds is None and not args.video:
-        args.seconds = 5.0
-    if not 0 <= args.strength <= 1:
-        raise UserError(f"--strength must lie between 0 and 1, not {args.strength:g}")
-    if args.seconds is not None and not 0 < args.seconds < math.inf:
-        raise UserError(f"--seconds must be greater than 0, not {args.seconds:g}")
-    for flag in ("steps", "window", "samples"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1")
-    args.frames = None if args.seconds is None else max(1, round(args.seconds * FPS))
-    if args.teacher and args.frames > FRAMES:
-        raise UserError(f"the teacher makes at most {FRAMES} frames, {FRAMES / FPS:.2f} seconds")
-
-
-def prompt_changes(prompt, changes, end):
-    """Put --prompt and every --prompt-at in the order of time: [(seconds, text)]."""
-    found = {0.0: prompt}
-    for seconds, text in changes:
-        try:
-            at = float(seconds)
-        except ValueError:
-            message = f"--prompt-at takes a time in seconds and a text, not {seconds!r}"
-            raise UserError(message) from None
-        if not 0 < at < end:
-            raise UserError(f"--prompt-at {seconds} must lie inside the video, after 0 seconds")
-        if at in found:
-            raise UserError(f"--prompt-at {seconds} is there twice")
-        if not text.strip():
-            raise UserError(f"--prompt-at {seconds} has an empty prompt")
-        found[at] = text
-    return sorted(found.items())
 
 
 def sample_many(make, encoder, prompts, samples, seed, frames, out, batch=8):
@@ -266,11 +224,13 @@ def sample_many(make, encoder, prompts, samples, seed, frames, out, batch=8):
 @torch.no_grad()
 def main():
     args = parse_args()
-    device, dtype = weights.on_device(args.device, args.dtype)
-    model = load_model(DiT, args.weights, device).to(dtype)
+    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
+    model = load_model(DiT, args.teacher or args.weights, device).to(dtype)
     vae = load_model(VAE, args.vae, device).to(dtype)
     encoder = load_model(TextEncoder, args.text_encoder, device)
     check_fit(model, vae, encoder)
+    prompts = args.prompts or [text for _, text in args.changes]
+    flags.say_what_is_unknown(prompts, encoder.config.words)
 
     def make(text, generator):
         if args.teacher:
@@ -279,8 +239,12 @@ def main():
         return text_to_video(model, vae, text, generator, args.steps, args.window)
 
     if args.prompts:
-        sample_many(make, encoder, args.prompts, args.samples, args.seed, args.frames, args.out)
+        weights.make_folder(args.out)
+        samples = args.samples or 5
+        sample_many(make, encoder, args.prompts, samples, args.seed, args.frames, args.out)
         return
+    if args.frames and args.changes[-1][0] * FPS > last_chunk(model, vae, args.frames):
+        print(f"the prompt at {args.changes[-1][0]:g} s comes too late to have an effect")
     total, generator = args.frames, torch.Generator().manual_seed(args.seed)
     noise, shape = noise_source(generator, device), chunk_shape(model, vae, 1)
     steps = args.steps or model.config.steps
@@ -291,7 +255,7 @@ def main():
     if args.video:
         source, length = read_video(args.video)
         total = min(total or length, length)
-        times = model.schedule.timesteps(steps, args.strength)
+        times = model.schedule.timesteps(steps, 0.7 if args.strength is None else args.strength)
         parts = pieces(source, model.config.chunk, vae.config.time_stride)
         starts = from_video(parts, vae, noise, shape, times, model.schedule)
     started = time.perf_counter()

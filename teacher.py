@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+import flags
 import training
 from data import sample_clips
 from dataset import LatentClips
@@ -129,13 +130,18 @@ def train_causal(run, model, encoder, vae, data):
 
 def main():
     description = "Train the bidirectional teacher and the text encoder."
-    parser = training.model_parser(description, 1600, 16, 2e-3, "runs/teacher")
-    parser.add_argument("--clips", type=int, default=3072, help="clips in the training set")
+    parser = flags.model_parser(description, 1600, 16, 2e-3, "runs/teacher")
     add = parser.add_argument
-    add("--config", default="small", help="small, or a JSON file with fields of ModelConfig")
+    add("--clips", type=flags.whole(), default=3072, help="clips to train on")
+    add(
+        "--config",
+        default="small",
+        type=flags.words,
+        help="small, or a JSON file with fields of ModelConfig",
+    )
     told = "train a causal teacher: block-causal attention and a time for each chunk"
     add("--causal", action="store_true", help=told)
-    add("--weights", help="with --causal: start from these, not the shipped")
+    add("--weights", type=flags.source, help="with --causal: start from these (the shipped)")
     args = parser.parse_args()
     if args.weights and not args.causal:
         raise UserError("--weights goes with --causal: the bidirectional teacher starts anew")

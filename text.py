@@ -1,5 +1,6 @@
 """From prompt to embeddings: a small encoder of words by their bytes, frozen after training."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,11 @@ class TextConfig:
     text_dim: int = 64  # width of an embedding
     words: int = 16  # embeddings per prompt; Wan's umT5 has 512
     bytes: int = 16  # longest word; what is beyond is cut off
+
+
+def split(prompt):
+    """Split a prompt into words: case, spaces and punctuation do not count."""
+    return re.findall(r"[^\W_]+", prompt.lower())
 
 
 class TextEncoder(nn.Module):
@@ -31,12 +37,11 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def tokens(self, prompts):
-        """Split prompts into bytes [B, words, bytes], zero-padded; ignore case, comma and dot."""
+        """Split prompts into bytes [B, words, bytes], zero-padded."""
         words, limit = self.config.words, self.config.bytes
         tokens = torch.zeros(len(prompts), words, limit, dtype=torch.long)
         for row, prompt in zip(tokens, prompts, strict=True):
-            found = prompt.lower().replace(",", " ").replace(".", " ").split()
-            for slot, word in zip(row, found, strict=False):
+            for slot, word in zip(row, split(prompt), strict=False):
                 letters = list(word.encode())[:limit]
                 slot[: len(letters)] = torch.tensor(letters)
         return tokens.to(self.position.weight.device)

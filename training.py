@@ -6,7 +6,6 @@ and random state. A run stopped at any moment and resumed ends in the same weigh
 (float32, CPU), as one that was never stopped.
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from tqdm import tqdm
 
+import flags
 import weights
 from model import ModelConfig
 from weights import ROOT, UserError, provenance
@@ -79,32 +79,10 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=on)
 
 
-def training_parser(description, steps, batch_size, lr, out):
-    """The flags that every training script has, with its defaults."""
-    parser = argparse.ArgumentParser(description=description)
-    add = parser.add_argument
-    told = "length of the run; the learning rate falls to 0 over it"
-    add("--steps", type=int, default=steps, help=told)
-    add("--batch-size", type=int, default=batch_size)
-    add("--lr", type=float, default=lr)
-    add("--seed", type=int, default=0)
-    add("--out", default=out, help="folder for checkpoint, log, sheets and the trained weights")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--save-every", type=int, default=200, help="steps between two checkpoints")
-    add("--minutes", type=float, default=math.inf, help="stop after so many; --resume goes on")
-    weights.device_flags(parser)
-    told = "fuse the networks with torch.compile (needs a C++ compiler, takes a minute)"
-    add("--compile", action="store_true", help=told)
-    return parser
-
-
 def start_run(args):
     """Check the flags of `training_parser`, make the output folder and seed torch: a `Run`.
     Raises UserError for values that no run can have, and for a folder that holds a run already."""
-    for flag in ("steps", "batch_size", "save_every", "minutes", "lr"):
-        if not getattr(args, flag) > 0:
-            raise UserError(f"--{flag.replace('_', '-')} must be greater than 0")
-    device, dtype = weights.on_device(args.device, args.dtype)
+    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     weights.make_folder(args.out)
     checkpoint = os.path.exists(os.path.join(args.out, "checkpoint.pt"))
     if args.resume and not checkpoint:
@@ -115,8 +93,8 @@ def start_run(args):
             "or choose another --out"
         )
     torch.manual_seed(args.seed)
-    flags = {field.name: getattr(args, field.name) for field in fields(Run)}
-    return Run(**flags | {"device": device, "dtype": dtype})
+    values = {field.name: getattr(args, field.name) for field in fields(Run)}
+    return Run(**values | {"device": device, "dtype": dtype})
 
 
 def read_config(path):
@@ -133,18 +111,6 @@ def read_config(path):
         raise UserError(f"cannot read --config {path}: {error.strerror}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"--config {path} is not a model's config: {error}") from None
-
-
-def model_parser(description, steps, batch_size, lr, out):
-    """`training_parser`, and the flags of the stages that train a transformer.
-    --chunk, --window and --student-steps say how a causal model is used."""
-    parser = training_parser(description, steps, batch_size, lr, out)
-    add = parser.add_argument
-    add("--chunk", type=int, help="latent frames a chunk (the weights' own)")
-    add("--window", type=int, help="chunks that a chunk attends to (the weights' own)")
-    add("--student-steps", type=int, help="denoising steps of the student (the weights' own)")
-    weights.codec_flags(parser)
-    return parser
 
 
 def causal_config(config, chunk, window, steps):

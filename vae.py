@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import flags
 import training
 from data import FRAMES, sample_clips
 from media import save_sheet
@@ -256,7 +257,7 @@ def train_vae(run, name, vae, loss, trained, begin=0.0):
 
 def main():
     description = "Train the causal video autoencoder on the shapes world."
-    parser = training.training_parser(description, 1500, 8, 2e-3, "runs/vae")
+    parser = flags.training_parser(description, 1500, 8, 2e-3, "runs/vae")
     told = "train the shipped decoder alone: latents, and all trained on them, stay as they are"
     parser.add_argument("--decoder-only", action="store_true", help=told)
     args = parser.parse_args()

@@ -40,47 +40,12 @@ def run_main(main):
         sys.exit(130)
 
 
-# ------------------------------------------------------------------------------ flags in common
-def device_flags(parser):
-    """Add the flags --device and --dtype to a command line."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-
-
-def codec_flags(parser, vae="vae"):
-    """Add the flags --vae and --text-encoder: the frozen networks beside the transformer."""
-    parser.add_argument("--vae", default=shipped(vae), help="weights of the autoencoder")
-    told = "weights of the text encoder"
-    parser.add_argument("--text-encoder", default=shipped("text_encoder"), help=told)
-
-
 def make_folder(path):
     """Make the folder --out; UserError if it cannot be made."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {path}: {error.strerror}") from None
-
-
-def on_device(device, dtype="auto"):
-    """Turn the flags --device and --dtype into a torch.device and a torch.dtype.
-
-    auto is CUDA where there is one, and bfloat16 where the hardware multiplies in it: on CUDA, and
-    on processors with AMX or AVX512-BF16. Where it is emulated it is four times slower than
-    float32. Raises UserError for a device that is not there.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {device!r} is not available here; try --device auto") from None
-    device = torch.device(device)
-    if dtype != "auto":
-        return device, getattr(torch, dtype)
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
-    return device, torch.bfloat16 if fast or device.type == "cuda" else torch.float32
 
 
 def hardware():

@@ -6,8 +6,8 @@ from attention import (
     attend,
     attend_chunks,
     block_causal_mask,
+    rope,
     rope_angles,
-    rope_table,
     rotate,
 )
 
@@ -36,7 +36,7 @@ def test_rope_depends_on_distance_alone():
     q, k, v = torch.randn(3, 1, 24, 2, 22, dtype=torch.float64)
     outputs = []
     for start in (0, 5, -3):
-        table = rope_table(rope_angles(22, 4, 2, 3, start), torch.float64)
+        table = rope(22, 4, 2, 3, start, torch.float64, "cpu")
         outputs.append(attend(rotate(q, table), rotate(k, table), v))
     assert torch.allclose(outputs[0], outputs[1], atol=1e-12)
     assert torch.allclose(outputs[0], outputs[2], atol=1e-12)

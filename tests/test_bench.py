@@ -50,4 +50,4 @@ def test_the_command_prints_the_table_of_its_json(command_line, monkeypatch):
 def test_no_turns_at_all_are_refused(command_line, flag):
     status, _, err = command_line(bench, flag, 0)
     assert status == 2
-    assert "--repeats and --late must be at least 1" in err
+    assert f"{flag}: must lie between 1" in err

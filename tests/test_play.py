@@ -174,9 +174,9 @@ def test_plays_a_script_into_a_video(flags, command_line):
     [
         (["--actions", "jump"], "cannot read 'jump'"),
         (["--actions", "up", "--out", "a.avi"], "must end in"),
-        (["--looks", " "], "--looks is empty"),
-        (["--ahead", 0], "at least 1"),
-        (["--steps", 0], "at least 1"),
+        (["--looks", " "], "--looks: is empty"),
+        (["--ahead", 0], "--ahead"),
+        (["--steps", 0], "--steps"),
         (["--port", 70000], "--port"),
         (["--actions", "up", "--weights", "none.safetensors"], "none.safetensors"),
         (["--actions", "up", "--vae", shipped("vae")], "merges frames in time"),

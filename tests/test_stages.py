@@ -142,7 +142,7 @@ def test_a_bad_config_file_ends_in_one_line(content, words, command_line, tmp_pa
 
 @pytest.mark.parametrize("flag", ["--chunk", "--window", "--student-steps"])
 def test_a_causal_model_needs_at_least_1_of_each(flag, command_line):
-    assert refused(command_line(teacher, flag, 0), "at least 1")
+    assert refused(command_line(teacher, flag, 0), flag)
 
 
 def test_only_a_causal_teacher_begins_with_weights(command_line):

@@ -1,0 +1,267 @@
+"""Command lines: flags that scripts share, the values they take, device and dtype."""
+
+import argparse
+import functools
+import math
+import os
+import re
+import time
+
+import torch
+from torch.nn import functional as F
+
+from data import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, WORDINGS
+from text import split
+from weights import UserError, shipped
+
+
+# -------------------------------------------------------------------------------------- the parser
+class Help(argparse.HelpFormatter):
+    """Help that ends with a flag's default, where it has one that its text does not tell."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default in (argparse.SUPPRESS, []):
+            return action.help
+        if "(" in action.help:
+            return action.help
+        if isinstance(default, str) and os.path.isabs(default):
+            default = os.path.relpath(default)
+        return f"{action.help} ({str(default).replace('%', '%%')})"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose help shows every default."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def whole(low=1, high=10**9):
+    """Make a flag's type: a whole number from low to high."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must lie between {low:,} and {high:,}, not {text}")
+        return value
+
+    return parse
+
+
+def real(low, high=math.inf, above=False):
+    """Make a flag's type: a finite number from low, or above it, to high."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            bound = f"must be {'greater than' if above else 'at least'} {low:g}"
+            bound += f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{bound}, and finite: not {text}")
+        return value
+
+    return parse
+
+
+def words(text):
+    """A flag's type: text that is not empty."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def source(text):
+    """A flag's type: a file that can be read."""
+    if not words(text) or not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
+    if not os.access(text, os.R_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be read")
+    return text
+
+
+def picture(text):
+    """A flag's type: a .png file in a folder that can be written to."""
+    folder = os.path.dirname(words(text)) or "."
+    if not text.lower().endswith(".png") or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} must be a file that ends in .png")
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{folder} is not a folder that can be written to")
+    return text
+
+
+SEED = whole(0, 2**63 - 1)
+
+
+# ------------------------------------------------------------------------------ flags in common
+def device_flags(parser):
+    """Add the flags --device, --dtype and --threads to a command line."""
+    add = parser.add_argument
+    add("--device", default="auto", type=words, help="auto, cpu, cuda, cuda:1, mps ...")
+    told = "of the networks; auto: bfloat16 where the hardware is fast in it"
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help=told)
+    told = "of the processor (measured: one, where other programs keep the processor busy)"
+    add("--threads", type=whole(1, 1024), help=told)
+
+
+def codec_flags(parser, vae="vae"):
+    """Add the flags --vae and --text-encoder: the frozen networks beside the transformer."""
+    add = parser.add_argument
+    add("--vae", default=shipped(vae), type=source, help="weights of the autoencoder")
+    told = "weights of the text encoder"
+    add("--text-encoder", default=shipped("text_encoder"), type=source, help=told)
+
+
+@functools.lru_cache(1)
+def fastest_threads():
+    """Measure whether all threads or one multiply small matrices faster on average.
+
+    Threads wait for each other: beside another busy program, all are several times slower.
+    """
+    x, w, means = torch.randn(336, 192), torch.randn(592, 192), {}
+    for threads in {1, torch.get_num_threads()}:
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        for _ in range(100):
+            F.linear(x, w)
+        means[threads] = time.perf_counter() - started
+    return min(means, key=means.get)
+
+
+def on_device(device, dtype="auto", threads=None):
+    """Turn the flags of `device_flags` into a torch.device and a torch.dtype; set the threads.
+
+    auto is CUDA or MPS where there is one, and bfloat16 where the hardware multiplies in it: on
+    CUDA, and on processors with AMX. With AVX512-BF16 alone it is slower than float32.
+    Raises UserError for a device that is not there.
+    """
+    if device == "auto":
+        found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+        device = (found or ["cpu"])[0]
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {device!r} is not available here; try --device auto") from None
+    device = torch.device(device)
+    told = f"on {device}"
+    if device.type == "cpu":
+        torch.set_num_threads(threads or fastest_threads())
+        told += f" with {torch.get_num_threads()} threads"
+    if dtype == "auto":
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        dtype = "bfloat16" if amx or device.type == "cuda" else "float32"
+    print(f"{told}, in {dtype}")
+    return device, getattr(torch, dtype)
+
+
+# -------------------------------------------------------------------------- prompts and steering
+def check_combination(args, example):
+    """Raise UserError for flags of sample.py that do not go together."""
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError(f'give one of --prompt and --prompts; try --prompt "{example}"')
+    if args.image and args.video:
+        raise UserError("give one of --image and --video")
+    for flag, needed in (("samples", "prompts"), ("strength", "video")):
+        if getattr(args, flag) is not None and getattr(args, needed) is None:
+            raise UserError(f"--{flag} goes with --{needed}")
+    steering = {"image": args.image, "video": args.video, "prompt-at": args.prompt_at}
+    for flag, value in steering.items():
+        if value and (args.teacher or args.prompts):
+            other = "teacher" if args.teacher else "prompts"
+            raise UserError(f"--{flag} does not go with --{other}")
+    if args.teacher and args.window:
+        raise UserError("--window does not go with --teacher, which attends to the whole clip")
+
+
+def prompt_changes(prompt, changes, end):
+    """Put --prompt and every --prompt-at in the order of time: [(seconds, text)]."""
+    found = {0.0: prompt}
+    for seconds, text in changes:
+        try:
+            at = real(0, end, above=True)(seconds)
+            if at == end:
+                raise argparse.ArgumentTypeError("is where the video ends")
+            words(text)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--prompt-at {seconds} {text!r}: {error}") from None
+        if at in found:
+            raise UserError(f"--prompt-at {seconds} is there twice")
+        found[at] = text
+    return sorted(found.items())
+
+
+def vocabulary():
+    """List the words of all prompts."""
+    names = [
+        *COLOURS,
+        *SHAPES,
+        *BACKGROUNDS,
+        *(words for pair in MOTIONS.values() for words in pair),
+    ]
+    wordings = re.sub(r"{\w+}", "", " ".join(WORDINGS))
+    return sorted(set(re.findall(r"\w+", " ".join([*names, wordings, "an"]))))
+
+
+def say_what_is_unknown(prompts, limit):
+    """Print the words of prompts that no training prompt has, and prompts longer than the limit."""
+    known = vocabulary()
+    for prompt in dict.fromkeys(prompts):
+        found = split(prompt)
+        unknown = [word for word in found if word not in known]
+        if unknown:
+            print(f"{prompt!r}: the text encoder takes {', '.join(unknown)} for words it knows:")
+            print(", ".join(known))
+        if len(found) > limit:
+            print(f"{prompt!r}: only the first {limit} words count")
+
+
+# ---------------------------------------------------------------------------- training scripts
+def training_parser(description, steps, batch_size, lr, out):
+    """The flags that every training script has, with its defaults."""
+    parser = Parser(description)
+    add = parser.add_argument
+    told = "length of the run; the learning rate falls to 0 over it"
+    add("--steps", type=whole(), default=steps, help=told)
+    add("--batch-size", type=whole(1, 10**6), default=batch_size, help="clips a step")
+    add("--lr", type=real(0, above=True), default=lr, help="the highest learning rate")
+    add("--seed", type=SEED, default=0, help="of all that is random")
+    told = "folder for checkpoint, log, sheets and the trained weights"
+    add("--out", default=out, type=words, help=told)
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--save-every", type=whole(), default=200, help="steps between two checkpoints")
+    told = "stop after so many; --resume goes on (no limit)"
+    add("--minutes", type=real(0, above=True), default=math.inf, help=told)
+    device_flags(parser)
+    told = "fuse the networks with torch.compile, which takes a minute and a C++ compiler"
+    add("--compile", action="store_true", help=told)
+    return parser
+
+
+def model_parser(description, steps, batch_size, lr, out):
+    """`training_parser`, and the flags of the stages that train a transformer.
+
+    --chunk, --window and --student-steps say how a causal model is used.
+    """
+    parser = training_parser(description, steps, batch_size, lr, out)
+    add = parser.add_argument
+    add("--chunk", type=whole(1, 1000), help="latent frames a chunk (the weights' own)")
+    told = "chunks that a chunk attends to, itself included (the weights' own)"
+    add("--window", type=whole(1, 1000), help=told)
+    told = "denoising steps of the student (the weights' own)"
+    add("--student-steps", type=whole(1, 1000), help=told)
+    codec_flags(parser)
+    return parser
