@@ -37,9 +37,9 @@ def attend(q, k, v):
 def attend_chunks(q, k, v, chunk, window=None):
     """Attend block-causally without a mask: each chunk of queries to all keys up to its own end.
 
-    q [B, Lq, H, d]: new tokens. k, v [B, Lk, H, d]: those of the past, if any, then those of the
-    new tokens (Lk >= Lq). chunk: tokens in a chunk, the first one beginning at the first query;
-    window: how many chunks a chunk sees, itself included (None: all).
+    q [B, Lq, H, d]: new tokens. k, v [B, Lk, H, d]: those of the past, if any, then the new ones.
+    chunk: tokens in a chunk, the first one beginning at the first query; window: how many chunks a
+    chunk sees, itself included (None: all).
     """
     past = k.shape[1] - q.shape[1]
     outputs = []
@@ -96,7 +96,7 @@ class KVCache:
     next `put` overwrites them. `commit` makes what was put last part of the past (Algorithm 2).
     When the window is full, `commit` evicts the oldest frames and moves the rest forward in memory
     and in time: RoPE is relative, so rotating the kept keys back by as many frames as they move
-    changes no attention weight, and positions stay in 0 .. W k - 1 however long the stream is.
+    changes no attention weight, and positions stay below (W - 1 + ahead) k in an endless stream.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class KVCache:
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
     def commit(self, frames):
-        """Keep the last `frames` latent frames that were put; evict what leaves the window."""
+        """Make the first `frames` frames that were put part of the past; evict the oldest."""
         self.frames += frames
         evicted = self.frames - (self.window - 1) * self.chunk
         if evicted > 0:

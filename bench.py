@@ -8,6 +8,7 @@ rows alike.
 """
 
 import itertools
+import os
 import statistics
 import time
 
@@ -23,7 +24,7 @@ from sample import PROMPT, denoise_chunk, remember_chunk, text_to_video
 from text import TextConfig, TextEncoder
 from training import write_results
 from vae import VAE, VAEConfig
-from weights import hardware, load_model, run_main, shipped
+from weights import hardware, load_model, make_folder, run_main, shipped
 
 LARGE = {"freq_dim": 256, "in_dim": 16, "out_dim": 16}
 SIZES = {  # fields of the transformer's config, or None for the shipped one; height, width
@@ -268,6 +269,7 @@ def main():
     told = "the chunk whose time is compared with that of the first with a full window before them"
     parser.add_argument("--late", type=flags.whole(), default=1000, help=told)
     args = parser.parse_args()
+    make_folder(os.path.dirname(args.out) or ".")
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     fields, *size = SIZES[args.size]
     if fields is None:

@@ -32,7 +32,7 @@ class Schedule:
 
     def timesteps(self, steps, start=1.0):
         """The shifted times of `steps` denoising steps, from 1 to 0, both included: [steps + 1].
-        start < 1: `start`, then those of them that come after it."""
+        start < 1: begin at `start`, and leave out the times before it."""
         times = self.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
         return torch.cat([times.new_tensor([start]), times[times < start]])
 
@@ -54,7 +54,7 @@ class Schedule:
         return x_t + (1 - per_frame(t, x_t)) * v
 
     def score(self, x_t, v, t):
-        """The s(x_t, t) that the papers write. The code needs only x0: `dmd.dmd_loss` says how."""
+        """The s(x_t, t) of the papers' equations; `dmd.dmd_loss` writes it in terms of x0."""
         # grad log p(x_t) = -eps / sigma_t
         return -self.eps(x_t, v, t) / per_frame(t, x_t)
 
@@ -79,13 +79,13 @@ def noise_source(generator, device="cpu"):
 
 # ---------------------------------------------------------------------------------------- training
 def draw_times(count, schedule, generator):
-    """Diffusion times [count]: logit-normal, where the network learns most, and then shifted."""
+    """Draw diffusion times [count] from a logit-normal distribution, and shift them."""
     return schedule.shifted(torch.sigmoid(torch.randn(count, generator=generator)))
 
 
 def flow_matching_loss(model, x0, t, text, generator, **attention):
     """Compute the denoising loss for x0 [B, T, C, h, w] at times t [B, T] (flow matching). The mean
-    is over frames with t > 0: in a clean frame nothing tells eps."""
+    is over frames with t > 0: a clean frame holds no noise to predict."""
     schedule = model.schedule
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     v = model(schedule.add_noise(x0, eps, t), t, text, **attention)
@@ -102,7 +102,7 @@ def with_null(text):
 
 def guided_v(model, x_t, t, text, guidance, **attention):
     """Predict v under classifier-free guidance, two passes made as one batch. x_t [B, T, C, h, w];
-    t [B, T]; text: of `with_null`, embedded or as `DiT.text_keys` made it."""
+    t [B, T]; text: what `with_null` made, or `DiT.text_keys` of that."""
     v_text, v_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), text, **attention).chunk(2)
     # v = v_null + g (v_text - v_null)
     return v_null + guidance * (v_text - v_null)

@@ -29,9 +29,9 @@ def dmd_loss(x0_hat, real, fake, schedule, t, eps):
     gradient reaches them. Returns (loss, mean |x0_hat - x0_real|).
 
     The gradient is that of KL(p_fake || p_data) at time t:
-    s_fake - s_real = alpha_t (x0_fake - x0_real) / sigma_t^2, weighted by sigma_t^2 / alpha_t over
-    the mean, which is taken over each clip and makes all t count alike. Like that of any mean it
-    is divided by the number of elements.
+    s_fake - s_real = alpha_t (x0_fake - x0_real) / sigma_t^2, weighted by sigma_t^2 / alpha_t and
+    by 1 / mean |x0_hat - x0_real| of each clip, which makes all t count alike; the loss is a mean
+    over elements.
     """
     with torch.no_grad():
         x_t = schedule.add_noise(x0_hat, eps, t)
@@ -127,7 +127,7 @@ class Distillation:
         return numbers | self.update_fake(x0_hat.detach(), t, text, generator)
 
     def update_student(self, x0_hat, t, text, generator):
-        """Move the student's clips x0_hat to where the teacher finds them likelier: DMD."""
+        """Update the student by `dmd_loss` on its clips x0_hat."""
         schedule, prompts = self.student.schedule, with_null(text)
 
         def real(x_t):

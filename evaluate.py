@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import flags
 import sample
+import weights
 from data import FPS, FRAMES, sample_clips
 from diffusion import TEACHER_STEPS, noise_source, with_null
 from metrics import Recovered, diversity, measure, recover
@@ -212,6 +213,7 @@ def main():
     told = "FILE: writes FILE.json and FILE.md, and with --over-time FILE.png"
     add("--out", default="runs/evaluate", type=flags.words, help=told)
     args = parser.parse_args()
+    weights.make_folder(os.path.dirname(args.out) or ".")
     device, _ = flags.on_device(args.device, "float32", args.threads)
     jobs = []
     nothing = not (args.teacher or args.student or args.causal)
@@ -222,6 +224,10 @@ def main():
         jobs += [(f"{kind} {os.path.relpath(path)}", kind, path) for path in paths or []]
     if args.ablation:
         jobs = ablation_jobs(args.train_options.split())
+    if args.over_time:
+        jobs = [job for job in jobs if job[1] != "teacher"]
+    if not jobs:
+        raise UserError("there is nothing to measure: name --student or --causal weights")
     encoder = load_model(TextEncoder, args.text_encoder, device)
     vae, rows = load_model(VAE, args.vae, device), {}
     models = [load_model(DiT, path, device) for _, _, path in jobs]
@@ -231,7 +237,7 @@ def main():
         world = (kind, model, vae, encoder)
         if not args.over_time:
             rows[name] = evaluate(*world, args.clips, args.split, args.seed, name=name)
-        elif kind != "teacher":
+        else:
             count = min(args.clips, 20)
             rows[name] = over_time(*world, args.seconds, count, args.seed, name=name)
     told = {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}

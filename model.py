@@ -39,8 +39,12 @@ class ModelConfig:
         for name, value in vars(self).items():
             kind = (int, float) if name == "shift" else int
             sizes = value if name == "patch_size" else (value,)
-            if not all(isinstance(size, kind) and size > 0 for size in sizes):
+            if not all(isinstance(size, kind) and 1 <= size < 10**6 for size in sizes):
                 raise ValueError(f"{name} must be a number of at least 1, not {value!r}")
+        if len(self.patch_size) != 3 or self.in_dim != self.out_dim or self.freq_dim % 2:
+            raise ValueError(
+                "patch_size needs 3 numbers, out_dim to be in_dim, freq_dim to be even"
+            )
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim {self.dim} must split into {self.num_heads} heads of even width")
 
@@ -174,7 +178,7 @@ class DiT(nn.Module):
         x_t [B, T, C, h, w]; t [B, T]; text [B, S, text_dim], or what `text_keys` made of it.
         chunk=None: bidirectional. chunk=k: block-causal, in chunks of k latent frames, each seeing
         itself and the window - 1 before it (None: all). cache: the frames come after its past,
-        and chunk and window are the cache's. frame [B, T, D]: added to the time embedding.
+        and chunk and window are the cache's. frame [B, T, D]: a further condition on each frame.
         -> v, shaped as x_t. Raises ValueError for latents that do not split into patches.
         """
         c = self.config

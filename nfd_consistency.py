@@ -21,7 +21,7 @@ from nfd_teacher import WALK, ActionDiT, WalkLatents, draw_walk_times, own_past,
 from nfd_world import sample_walks
 from text import TextEncoder
 from vae import VAE
-from weights import load_model, run_main, shipped
+from weights import check_fit, load_model, run_main, shipped
 
 
 def consistency_loss(student, target, teacher, x0, level, times, text, generator, **attention):
@@ -59,6 +59,7 @@ def main():
     vae = load_model(VAE, args.vae, run.device)
     encoder = load_model(TextEncoder, args.text_encoder, run.device)
     teacher = load_model(ActionDiT, args.teacher, run.device).requires_grad_(False)
+    check_fit(teacher, vae, encoder)
     with run.autocast():
         data = WalkLatents(vae, sample_walks(args.clips, WALK, torch.Generator().manual_seed(0)))
     student, target, averaged = (copy.deepcopy(teacher) for _ in range(3))

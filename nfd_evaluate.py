@@ -6,6 +6,7 @@ python nfd_evaluate.py --bench      frames/s, with and without speculative sampl
 
 import functools
 import itertools
+import os
 import statistics
 
 import torch
@@ -21,7 +22,7 @@ from play import LOOKS, Player
 from text import TextEncoder
 from training import write_results
 from vae import VAE
-from weights import load_model, run_main, shipped
+from weights import load_model, make_folder, run_main, shipped
 
 TEACHER_STEPS = 16
 AHEAD = 8  # frames that the player makes ahead at most
@@ -136,6 +137,7 @@ def main():
     add("--seconds", type=flags.whole(15, 10**6), default=60, help="length of the walks")
     add("--seed", type=flags.SEED, default=0, help="of walks and noise")
     args = parser.parse_args()
+    make_folder(os.path.dirname(args.out) or ".")
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     if args.bench:
         result = measure_speed(args.size, device, dtype, args.repeats)

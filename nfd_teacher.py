@@ -24,7 +24,7 @@ from sample import chunk_shape, denoise_chunk, from_noise, remember_chunk, strea
 from teacher import draw_chunk_times, drop_prompts
 from text import TextEncoder
 from vae import VAE
-from weights import load_model, read_weights, run_main, shipped
+from weights import check_fit, load_model, read_weights, run_main, shipped
 
 WALK = 96  # frames of a walk in the training set
 
@@ -223,6 +223,7 @@ def main():
     model = with_actions(load_model(network, args.weights, run.device))
     vae = load_model(VAE, args.vae, run.device)
     encoder = load_model(TextEncoder, args.text_encoder, run.device).requires_grad_(False)
+    check_fit(model, vae, encoder)
     with run.autocast():
         data = WalkLatents(vae, sample_walks(args.clips, WALK, torch.Generator().manual_seed(0)))
     both = nn.ModuleList([model.train(), encoder])

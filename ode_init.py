@@ -58,11 +58,11 @@ def chunk_levels(count, frames, chunk, levels, generator):
 def regression_loss(student, states, text, generator):
     """Regress the student on trajectories [B, N + 1, T, C, h, w], whose states are at its N times
     and at 0, the target; each chunk has a time of its own."""
-    c, (B, N, T) = student.config, states.shape[:3]
-    level = chunk_levels(B, T, c.chunk, N, generator).to(states.device)  # [B, T]
+    c, (B, levels, T) = student.config, states.shape[:3]
+    level = chunk_levels(B, T, c.chunk, levels, generator).to(states.device)  # [B, T]
     clip = torch.arange(B, device=states.device)[:, None]
     x_t = states[clip, level, torch.arange(T, device=states.device)]
-    t = student.schedule.timesteps(N - 1).float().to(states.device)[level]
+    t = student.schedule.timesteps(levels - 1).float().to(states.device)[level]
     v = student(x_t, t, text, chunk=c.chunk, window=c.window)
     # L_init = E || G({x_{t^i}^i}, {t^i}) - {x_0^i} ||^2
     return F.mse_loss(student.schedule.x0(x_t, v.float(), t), states[:, -1])

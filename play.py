@@ -148,8 +148,6 @@ def main():
     encoder = load_model(TextEncoder, args.text_encoder, device)
     weights.check_fit(model, vae, encoder)
     flags.say_what_is_unknown([args.looks], encoder.config.words)
-    if vae.config.time_stride != 1:
-        raise UserError(f"{args.vae} merges frames in time; the player needs one like vae_frame")
 
     def player(looks):
         generator = torch.Generator().manual_seed(args.seed)

@@ -133,12 +133,8 @@ def main():
     parser = flags.model_parser(description, 1600, 16, 2e-3, "runs/teacher")
     add = parser.add_argument
     add("--clips", type=flags.whole(), default=3072, help="clips to train on")
-    add(
-        "--config",
-        default="small",
-        type=flags.words,
-        help="small, or a JSON file with fields of ModelConfig",
-    )
+    told = "small, or a JSON file with fields of ModelConfig"
+    add("--config", default="small", type=flags.words, help=told)
     told = "train a causal teacher: block-causal attention and a time for each chunk"
     add("--causal", action="store_true", help=told)
     add("--weights", type=flags.source, help="with --causal: start from these (the shipped)")

@@ -121,6 +121,8 @@ def load_model(network, path, device="cpu"):
 def check_fit(model, vae, encoder):
     """Raise UserError for a transformer that was not trained with this VAE and text encoder."""
     c, channels, width = model.config, vae.config.latent_dim, encoder.config.text_dim
+    if hasattr(c, "num_actions") != (vae.config.time_stride == 1):
+        raise UserError("a frame-wise VAE (vae_frame) goes with action models, and with no other")
     if (c.in_dim, c.text_dim) != (channels, width):
         raise UserError(
             f"the transformer, for {c.in_dim} latent channels and prompts of width {c.text_dim}, "

@@ -179,7 +179,7 @@ def test_plays_a_script_into_a_video(flags, command_line):
         (["--steps", 0], "--steps"),
         (["--port", 70000], "--port"),
         (["--actions", "up", "--weights", "none.safetensors"], "none.safetensors"),
-        (["--actions", "up", "--vae", shipped("vae")], "merges frames in time"),
+        (["--actions", "up", "--vae", shipped("vae")], "frame-wise VAE"),
         (["--actions", "up", "--weights", shipped("student")], "num_actions"),
     ],
 )
