@@ -1,6 +1,5 @@
-"""Block-causal attention, rotary positions in three dimensions, and the key-value cache.
-
-CausVid's "Autoregressive architecture" and "Efficient inference with KV caching".
+"""Block-causal attention, rotary positions in three dimensions, and the key-value cache (CausVid,
+"Autoregressive architecture" and "Efficient inference with KV caching").
 
 Training on a whole clip and sampling with a cache are one computation: `attend_chunks` attends
 each chunk's queries to all keys up to the end of that chunk. In training the keys are the clip's

@@ -1,23 +1,57 @@
 """Training clips as latents, encoded once and kept in a file."""
 
+import contextlib
 import hashlib
 import os
 
 import torch
 from tqdm import tqdm
 
+from training import read_saved
+from weights import written
+
 # how often a motion is drawn, in the order of data.MOTIONS: a bounce and a spin take far longer to
 # learn than standing still
 SHARES = torch.tensor([1.0, 2, 2, 8, 2, 2, 12, 2])
 
 
-def kept_in(path, make):
-    """Read what the file `path` holds; make() makes it if it is not there."""
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.save(make(), path + ".tmp")
-        os.replace(path + ".tmp", path)
-    return torch.load(path, weights_only=True)
+def join(parts):
+    """Join parts, each a dict of tensors and lists, one after the other."""
+    joined = {name: [part[name] for part in parts] for name in parts[0]}
+    for name, values in joined.items():
+        if torch.is_tensor(values[0]):
+            joined[name] = torch.cat(values)
+        else:
+            joined[name] = [value for part in values for value in part]
+    return joined
+
+
+def kept_in(path, told, count, make):
+    """Read what the file `path` keeps, a dict; if it is not there it is made in `count` parts.
+
+    make(first) yields the parts for `join` from number `first` on. Each is kept in a file, so that
+    a run that is stopped meanwhile goes on where it was. told: what is made, "encoding 9 clips".
+    """
+    if os.path.exists(path):
+        return read_saved(path)
+    names = [f"{path}.{number}" for number in range(count)]
+    first = next((n for n, name in enumerate(names) if not os.path.exists(name)), count)
+    print(f"first, {told}, once for all runs; then comes the training")
+    try:
+        bar = tqdm(make(first), told, total=count, initial=first, unit="batch")
+        for name, part in zip(names[first:], bar, strict=True):
+            with written(name) as file:
+                torch.save(part, file)
+    except KeyboardInterrupt:
+        print("stopped before the training; what is done is kept: the same command goes on")
+        raise
+    kept = join([read_saved(name) for name in names])
+    with written(path) as file:
+        torch.save(kept, file)
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # another run has
+            os.remove(name)
+    return kept
 
 
 @torch.no_grad()
@@ -26,16 +60,15 @@ def encode_clips(vae, clips, batch=16):
     They are kept in a file of runs/latents that is named by the VAE and the clips."""
     parts = (vae.encoder[1].weight, *vars(clips).values())
     key = hashlib.sha256(b"".join(part.detach().cpu().numpy().tobytes() for part in parts))
-
-    def make():
-        latents = []
-        for i in tqdm(range(0, len(clips), batch), desc="encoding clips", unit="batch"):
-            video = clips[i : i + batch].to(vae.mean.device).render()
-            latents.append(vae.encode(video).to("cpu", torch.bfloat16))
-        return {"latents": torch.cat(latents)}
-
     name = f"{key.hexdigest()[:8]}-{len(clips)}.pt"
-    return kept_in(os.path.join("runs", "latents", name), make)["latents"]
+
+    def make(first):
+        for i in range(first * batch, len(clips), batch):
+            video = clips[i : i + batch].to(vae.mean.device).render()
+            yield {"latents": vae.encode(video).to("cpu", torch.bfloat16)}
+
+    told, count = f"encoding {len(clips):,} clips", -(-len(clips) // batch)
+    return kept_in(os.path.join("runs", "latents", name), told, count, make)["latents"]
 
 
 def draw_pieces(weights, total, count, frames, generator):

@@ -10,15 +10,17 @@ from torch.nn import functional as F
 
 import flags
 import training
+import weights
 from data import sample_clips
 from dataset import LatentClips
 from diffusion import GUIDANCE, flow_matching_loss, guided_v, noise_source, with_null
+from evaluate import fixed_sheet
 from model import DiT
-from ode_init import chunk_levels, student_sheet
-from sample import denoise_chunk, predict_x0, remember_chunk
+from ode_init import chunk_levels
+from sample import PROMPT, denoise_chunk, predict_x0, remember_chunk
 from text import TextEncoder
 from vae import VAE
-from weights import check_fit, load_model, run_main, shipped
+from weights import check_fit, load_model, made_with, run_main, shipped
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -146,8 +148,7 @@ class Distillation:
         """Let the fake score learn the distribution of the student's clips x0_hat."""
         with self.run.autocast():
             loss = flow_matching_loss(self.fake, x0_hat, t, text, generator, **self.attention)
-        training.optimise(self.fake_optimizer, loss)
-        return {"fake_loss": loss}
+        return {"fake_loss": loss, "fake_grad": training.optimise(self.fake_optimizer, loss)}
 
 
 def main():
@@ -167,6 +168,9 @@ def main():
     add("--rollout", choices=["data", "self"], default="data", help=told)
     add("--clips", type=flags.whole(), default=3072, help="clips to train on")
     args = parser.parse_args()
+    weights.check_role(args.teacher, "causal teacher" if args.causal_scores else "teacher")
+    codecs = made_with(args.student, *made_with(args.teacher, args.vae, args.text_encoder))
+    args.vae, args.text_encoder = codecs
     run = training.start_run(args)
     vae = load_model(VAE, args.vae, run.device)
     encoder = load_model(TextEncoder, args.text_encoder, run.device)
@@ -195,11 +199,14 @@ def main():
 
     def sheet(path):
         averaged.load_state_dict(distillation.ema.shadow)
-        return student_sheet(averaged, vae, encoder, path)
+        return fixed_sheet("student", averaged, vae, encoder, path)
 
     seconds = training.train(run, distillation.state(), step, sheet)
     if seconds is not None:
-        training.write_trained(run, "student", distillation.ema.shadow, student.config, seconds)
+        parts = (distillation.ema.shadow, student.config, seconds, codecs)
+        training.write_transformer(
+            run, "student", *parts, f'sample.py --prompt "{PROMPT}" --weights'
+        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import sample
 import weights
 from data import FPS, FRAMES, sample_clips
 from diffusion import TEACHER_STEPS, noise_source, with_null
-from metrics import Recovered, diversity, measure, recover
+from media import save_sheet
+from metrics import Recovered, diversity, fixed_set, health, measure, recover
 from model import DiT
 from text import TextEncoder
 from training import write_results
@@ -57,6 +58,15 @@ def make_videos(kind, model, vae, text, generator, frames=FRAMES, steps=TEACHER_
     while sum(part.shape[1] for part in parts) < frames:
         parts.append(next(source)[1])
     return torch.cat(parts, dim=1)[:, :frames]
+
+
+@torch.no_grad()
+def fixed_sheet(kind, model, vae, encoder, path, steps=TEACHER_STEPS):
+    """Draw a sheet of `metrics.fixed_set` as a model makes it; -> its `health`."""
+    clips, noise = fixed_set()
+    video = make_videos(kind, model, vae, encoder(clips.prompts()), noise, steps=steps)
+    save_sheet(video, path)
+    return health(video, clips)
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -216,6 +226,10 @@ def main():
     weights.make_folder(os.path.dirname(args.out) or ".")
     device, _ = flags.on_device(args.device, "float32", args.threads)
     jobs = []
+    for path in args.teacher or []:
+        weights.check_role(path, "teacher")
+    for path in args.student or []:
+        weights.check_role(path, "student")
     nothing = not (args.teacher or args.student or args.causal)
     for kind in ("teacher", "causal", "student"):
         paths = getattr(args, kind)
@@ -228,18 +242,17 @@ def main():
         jobs = [job for job in jobs if job[1] != "teacher"]
     if not jobs:
         raise UserError("there is nothing to measure: name --student or --causal weights")
-    encoder = load_model(TextEncoder, args.text_encoder, device)
-    vae, rows = load_model(VAE, args.vae, device), {}
-    models = [load_model(DiT, path, device) for _, _, path in jobs]
-    for model in models:
-        check_fit(model, vae, encoder)
-    for (name, kind, _), model in zip(jobs, models, strict=True):
-        world = (kind, model, vae, encoder)
-        if not args.over_time:
-            rows[name] = evaluate(*world, args.clips, args.split, args.seed, name=name)
-        else:
+    rows = {}
+    for name, kind, path in jobs:
+        files = weights.made_with(path, args.vae, args.text_encoder)
+        networks = zip((DiT, VAE, TextEncoder), (path, *files), strict=True)
+        parts = [load_model(network, file, device) for network, file in networks]
+        check_fit(*parts)
+        if args.over_time:
             count = min(args.clips, 20)
-            rows[name] = over_time(*world, args.seconds, count, args.seed, name=name)
+            rows[name] = over_time(kind, *parts, args.seconds, count, args.seed, name=name)
+        else:
+            rows[name] = evaluate(kind, *parts, args.clips, args.split, args.seed, name=name)
     told = {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}
     write_results(args.out, told, table(first_and_last(rows) if args.over_time else rows))
     if args.over_time:

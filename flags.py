@@ -10,9 +10,9 @@ import time
 import torch
 from torch.nn import functional as F
 
-from data import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, WORDINGS
+from data import BACKGROUNDS, COLOURS, FPS, MOTIONS, SHAPES, WORDINGS
 from text import split
-from weights import UserError, shipped
+from weights import UserError
 
 
 # -------------------------------------------------------------------------------------- the parser
@@ -118,12 +118,11 @@ def device_flags(parser):
     add("--threads", type=whole(1, 1024), help=told)
 
 
-def codec_flags(parser, vae="vae"):
-    """Add the flags --vae and --text-encoder: the frozen networks beside the transformer."""
-    add = parser.add_argument
-    add("--vae", default=shipped(vae), type=source, help="weights of the autoencoder")
-    told = "weights of the text encoder"
-    add("--text-encoder", default=shipped("text_encoder"), type=source, help=told)
+def codec_flags(parser):
+    """Add the flags --vae and --text-encoder: the frozen networks that a transformer goes with."""
+    for flag, name in (("--vae", "autoencoder"), ("--text-encoder", "text encoder")):
+        told = f"weights of the {name} (those beside the transformer's, else the shipped)"
+        parser.add_argument(flag, type=source, help=told)
 
 
 @functools.lru_cache(1)
@@ -227,6 +226,17 @@ def say_what_is_unknown(prompts, limit):
             print(", ".join(known))
         if len(found) > limit:
             print(f"{prompt!r}: only the first {limit} words count")
+
+
+def last_chunk(frames, chunk, stride):
+    """The frame at which the last chunk of a stream of `frames` frames begins."""
+    return max([0, *range(1 + stride * (chunk - 1), frames, stride * chunk)])
+
+
+def say_what_is_late(changes, frames, chunk, stride):
+    """Print that the last of the prompts [(seconds, text)] begins after the last chunk does."""
+    if frames and changes[-1][0] * FPS > last_chunk(frames, chunk, stride):
+        print(f"the prompt at {changes[-1][0]:g} s comes too late to have an effect")
 
 
 # ---------------------------------------------------------------------------- training scripts

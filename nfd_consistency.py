@@ -21,7 +21,7 @@ from nfd_teacher import WALK, ActionDiT, WalkLatents, draw_walk_times, own_past,
 from nfd_world import sample_walks
 from text import TextEncoder
 from vae import VAE
-from weights import check_fit, load_model, run_main, shipped
+from weights import check_fit, check_role, load_model, made_with, run_main, shipped
 
 
 def consistency_loss(student, target, teacher, x0, level, times, text, generator, **attention):
@@ -53,8 +53,11 @@ def main():
     told = "steps of the solver that the consistency function follows"
     add("--grid", type=flags.whole(1, 1000), default=2, help=told)
     add("--clips", type=flags.whole(), default=3072, help="walks to train on")
-    flags.codec_flags(parser, vae="vae_frame")
+    flags.codec_flags(parser)
     args = parser.parse_args()
+    check_role(args.teacher, "action teacher")
+    codecs = made_with(args.teacher, args.vae, args.text_encoder, "vae_frame")
+    args.vae, args.text_encoder = codecs
     run = training.start_run(args)
     vae = load_model(VAE, args.vae, run.device)
     encoder = load_model(TextEncoder, args.text_encoder, run.device)
@@ -112,8 +115,8 @@ def main():
     state = {"student": student, "ema": ema, "slow": slow, "optimizer": optimizer}
     seconds = training.train(run, state, step, sheet)
     if seconds is not None:
-        origin = {"stage": "few-step player"}
-        training.write_trained(run, "player", slow.shadow, c, seconds, **origin)
+        parts = (slow.shadow, c, seconds, codecs, "play.py --weights")
+        training.write_transformer(run, "player", *parts, stage="few-step player")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from sample import chunk_shape, denoise_chunk, from_noise, remember_chunk, strea
 from teacher import draw_chunk_times, drop_prompts
 from text import TextEncoder
 from vae import VAE
-from weights import check_fit, load_model, read_weights, run_main, shipped
+from weights import beside, check_fit, load_model, read_weights, run_main, shipped
 
 WALK = 96  # frames of a walk in the training set
 
@@ -215,8 +215,10 @@ def main():
     told = "weights to start from, of a text-to-video teacher or of an action teacher"
     add = parser.add_argument
     add("--weights", default=shipped("teacher"), type=flags.source, help=told)
-    flags.codec_flags(parser, vae="vae_frame")
+    flags.codec_flags(parser)
     args = parser.parse_args()
+    args.vae = args.vae or shipped("vae_frame")
+    args.text_encoder = args.text_encoder or beside(args.weights, "text_encoder")
     run = training.start_run(args)
     has_actions = (read_weights(args.weights)[1] or {}).get("num_actions")
     network = ActionDiT if has_actions else DiT
@@ -270,8 +272,9 @@ def main():
     seconds = training.train(run, {"model": both, "ema": ema, "optimizer": optimizer}, step, sheet)
     if seconds is not None:
         averaged.load_state_dict(ema.shadow)
-        tensors = averaged[0].state_dict()
-        training.write_trained(run, "action_teacher", tensors, model.config, seconds)
+        codecs, then = (args.vae, args.text_encoder), "nfd_consistency.py --teacher"
+        parts = (averaged[0].state_dict(), model.config, seconds, codecs, then)
+        training.write_transformer(run, "action_teacher", *parts)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,18 @@ import os
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import flags
 import training
+import weights
 from data import FRAMES, SIZE, sample_clips
 from dataset import kept_in
 from diffusion import solve_teacher
-from evaluate import make_videos
-from media import save_sheet
-from metrics import fixed_set, health
+from evaluate import fixed_sheet
 from model import DiT
 from text import TextEncoder
 from vae import VAE
-from weights import UserError, check_fit, file_hash, load_model, run_main, shipped
+from weights import UserError, check_fit, file_hash, load_model, made_with, run_main, shipped
 
 
 def student_grid(solver_steps, student_steps):
@@ -36,17 +34,19 @@ def student_grid(solver_steps, student_steps):
 
 
 @torch.no_grad()
-def make_trajectories(teacher, encoder, count, solver_steps, grid, shape, device, batch=16):
-    """Solve the teacher's guided ODE from `count` noises of `shape` [T, C, h, w] under random
-    training prompts. grid: of `student_grid`. -> (states at the student's times, noise first and x0
-    last, [count, N + 1, T, C, h, w] in bf16; the prompts)."""
-    generator, states, prompts = torch.Generator().manual_seed(0), [], []
-    for _ in tqdm(range(0, count, batch), desc="solving ODEs", unit="batch"):
-        prompts += sample_clips(batch, generator).prompts(generator)
-        noise = torch.randn(batch, *shape, generator=generator).to(device)
-        solved = solve_teacher(teacher, noise, encoder(prompts[-batch:]), solver_steps)[grid]
-        states.append(solved.transpose(0, 1).to("cpu", torch.bfloat16))
-    return torch.cat(states), prompts
+def make_trajectories(teacher, encoder, parts, solver_steps, grid, shape, device, batch=16):
+    """Solve the teacher's guided ODE from noises of `shape` [T, C, h, w] under random training
+    prompts, in parts of `batch`; parts: the numbers of those that are wanted. grid: of
+    `student_grid`. Yields the states at the student's times, noise first and x0 last,
+    [batch, N + 1, T, C, h, w] in bf16, and the prompts."""
+    generator = torch.Generator().manual_seed(0)
+    for part in range(parts.stop):
+        prompts = sample_clips(batch, generator).prompts(generator)
+        noise = torch.randn(batch, *shape, generator=generator)  # drawn for all parts alike
+        if part in parts:
+            solved = solve_teacher(teacher, noise.to(device), encoder(prompts), solver_steps)[grid]
+            states = solved.transpose(0, 1).to("cpu", torch.bfloat16)
+            yield {"states": states, "prompts": prompts}
 
 
 def chunk_levels(count, frames, chunk, levels, generator):
@@ -68,15 +68,6 @@ def regression_loss(student, states, text, generator):
     return F.mse_loss(student.schedule.x0(x_t, v.float(), t), states[:, -1])
 
 
-@torch.no_grad()
-def student_sheet(student, vae, encoder, path):
-    """Draw a sheet of what the student streams, from its cache, for the fixed set; -> `health`."""
-    clips, noise = fixed_set()
-    video = make_videos("student", student, vae, encoder(clips.prompts()), noise)
-    save_sheet(video, path)
-    return health(video, clips)
-
-
 def main():
     description = "Train the causal student on the teacher's ODE trajectories."
     parser = flags.model_parser(description, 500, 8, 5e-4, "runs/ode_init")
@@ -87,6 +78,9 @@ def main():
     told = "steps of the ODE solver"
     add("--solver-steps", type=flags.whole(1, 1000), default=12, help=told)
     args = parser.parse_args()
+    weights.check_role(args.teacher, "teacher")
+    codecs = made_with(args.teacher, args.vae, args.text_encoder)
+    args.vae, args.text_encoder = codecs
     run = training.start_run(args)
     vae = load_model(VAE, args.vae, run.device)
     encoder = load_model(TextEncoder, args.text_encoder, run.device)
@@ -99,13 +93,16 @@ def main():
     grid = student_grid(args.solver_steps, student.config.steps)
     key = file_hash(args.teacher, args.text_encoder)
 
-    def make():
-        shape = vae.latent_shape(FRAMES, SIZE, SIZE)
-        parts = (args.trajectories, args.solver_steps, grid, shape, run.device)
-        return make_trajectories(averaged, encoder, *parts)
+    count, shape = -(-args.trajectories // 16), vae.latent_shape(FRAMES, SIZE, SIZE)
+
+    def make(first):
+        how = (args.solver_steps, grid, shape, run.device)
+        return make_trajectories(averaged, encoder, range(first, count), *how)
 
     name = f"{key}-{args.trajectories}-{args.solver_steps}-{student.config.steps}.pt"
-    states, prompts = kept_in(os.path.join("runs", "trajectories", name), make)
+    told = f"solving {16 * count:,} ODEs"
+    kept = kept_in(os.path.join("runs", "trajectories", name), told, count, make)
+    states, prompts = kept["states"], kept["prompts"]
     ema = training.EMA(student)
     optimizer = training.Muon(student.blocks.parameters(), student.parameters(), run.lr)
     if run.compile:
@@ -124,12 +121,15 @@ def main():
 
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        return student_sheet(averaged, vae, encoder, path)
+        return fixed_sheet("student", averaged, vae, encoder, path)
 
     state = {"student": student, "ema": ema, "optimizer": optimizer}
     seconds = training.train(run, state, step, sheet)
     if seconds is not None:
-        training.write_trained(run, "ode_init", ema.shadow, student.config, seconds)
+        parts, then = (ema.shadow, student.config), f"dmd.py --teacher {args.teacher} --student"
+        training.write_transformer(
+            run, "ode_init", *parts, seconds, codecs, then, stage="ODE-initialised student"
+        )
 
 
 if __name__ == "__main__":

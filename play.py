@@ -136,16 +136,16 @@ def main():
     add("--port", type=flags.whole(0, 65535), default=8000, help="of the page")
     told = "weights of the transformer"
     add("--weights", default=shipped("player"), type=flags.source, help=told)
-    flags.codec_flags(parser, vae="vae_frame")
+    flags.codec_flags(parser)
     flags.device_flags(parser)
     args = parser.parse_args()
     actions = args.actions and parse_actions(args.actions)
     if actions:
         check_out(args.out)
+    vae, encoder = weights.made_with(args.weights, args.vae, args.text_encoder, "vae_frame")
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     model = load_model(ActionDiT, args.weights, device).to(dtype)
-    vae = load_model(VAE, args.vae, device).to(dtype)
-    encoder = load_model(TextEncoder, args.text_encoder, device)
+    vae, encoder = load_model(VAE, vae, device).to(dtype), load_model(TextEncoder, encoder, device)
     weights.check_fit(model, vae, encoder)
     flags.say_what_is_unknown([args.looks], encoder.config.words)
 

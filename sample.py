@@ -126,12 +126,6 @@ def prompt_at(changes):
     return prompt
 
 
-def last_chunk(model, vae, frames):
-    """The frame at which the last chunk of a stream of `frames` frames begins."""
-    stride, k = vae.config.time_stride, model.config.chunk
-    return max([0, *range(1 + stride * (k - 1), frames, stride * k)])
-
-
 def chunk_shape(model, vae, count, size=(SIZE, SIZE)):
     """The shape [B, k, C, h, w] of a chunk of `count` videos of size (H, W)."""
     return (count, model.config.chunk, *vae.latent_shape(1, *size)[1:])
@@ -224,10 +218,15 @@ def sample_many(make, encoder, prompts, samples, seed, frames, out, batch=8):
 @torch.no_grad()
 def main():
     args = parse_args()
+    path = args.teacher or args.weights
+    weights.check_role(path, "teacher" if args.teacher else "student")
+    files = weights.made_with(path, args.vae, args.text_encoder)
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
-    model = load_model(DiT, args.teacher or args.weights, device).to(dtype)
-    vae = load_model(VAE, args.vae, device).to(dtype)
-    encoder = load_model(TextEncoder, args.text_encoder, device)
+    model = load_model(DiT, path, device).to(dtype)
+    vae, encoder = (
+        load_model(n, p, device) for n, p in zip((VAE, TextEncoder), files, strict=True)
+    )
+    vae = vae.to(dtype)
     check_fit(model, vae, encoder)
     prompts = args.prompts or [text for _, text in args.changes]
     flags.say_what_is_unknown(prompts, encoder.config.words)
@@ -243,8 +242,7 @@ def main():
         samples = args.samples or 5
         sample_many(make, encoder, args.prompts, samples, args.seed, args.frames, args.out)
         return
-    if args.frames and args.changes[-1][0] * FPS > last_chunk(model, vae, args.frames):
-        print(f"the prompt at {args.changes[-1][0]:g} s comes too late to have an effect")
+    flags.say_what_is_late(args.changes, args.frames, model.config.chunk, vae.config.time_stride)
     total, generator = args.frames, torch.Generator().manual_seed(args.seed)
     noise, shape = noise_source(generator, device), chunk_shape(model, vae, 1)
     steps = args.steps or model.config.steps

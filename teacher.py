@@ -14,13 +14,11 @@ import training
 from data import sample_clips
 from dataset import LatentClips
 from diffusion import draw_times, flow_matching_loss
-from evaluate import make_videos
-from media import save_sheet
-from metrics import fixed_set, health
+from evaluate import fixed_sheet
 from model import DiT
 from text import TextConfig, TextEncoder
 from vae import VAE
-from weights import UserError, check_fit, load_model, run_main, shipped
+from weights import UserError, check_fit, load_model, made_with, run_main, shipped
 
 
 # --------------------------------------------------------------------------------- what is drawn
@@ -69,7 +67,7 @@ def train_teacher(run, model, encoder, vae, data, shape, times, kind, attention)
     """Train a transformer and, if it takes gradients, the text encoder by flow matching.
 
     shape(i) -> (clips, latent frames) of step i; times(count, frames, generator) -> t; kind: how
-    `make_videos` samples it. -> (the averages of both, seconds of `training.train`).
+    `evaluate.make_videos` samples it. -> (the averages of both, seconds of `training.train`).
     """
     both = nn.ModuleList([model.train(), encoder])
     averaged = nn.ModuleList([DiT(model.config), TextEncoder(encoder.config)]).to(run.device)
@@ -88,14 +86,9 @@ def train_teacher(run, model, encoder, vae, data, shape, times, kind, attention)
         ema.update(both, i)
         return {"loss": loss, "grad": norm}
 
-    @torch.no_grad()
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        clips, noise = fixed_set()
-        text = averaged[1](clips.prompts())
-        video = make_videos(kind, averaged[0], vae, text, noise, steps=8)
-        save_sheet(video, path)
-        return health(video, clips)
+        return fixed_sheet(kind, averaged[0], vae, averaged[1], path, steps=8)
 
     seconds = training.train(run, {"model": both, "ema": ema, "optimizer": optimizer}, step, sheet)
     averaged.load_state_dict(ema.shadow)
@@ -143,12 +136,14 @@ def main():
         raise UserError("--weights goes with --causal: the bidirectional teacher starts anew")
     if args.causal and args.config != "small":
         raise UserError("--config does not go with --causal: the weights carry their config")
-    config = training.read_config(args.config)
-    run = training.start_run(args)
+    if args.text_encoder and not args.causal:
+        raise UserError("--text-encoder goes with --causal: without it one is trained")
+    config, start = training.read_config(args.config), args.weights or shipped("teacher")
     if args.causal:
-        model = load_model(DiT, args.weights or shipped("teacher"), run.device)
-    else:
-        model = DiT(config).to(run.device)
+        args.vae, args.text_encoder = made_with(start, args.vae, args.text_encoder)
+    args.vae = args.vae or shipped("vae")
+    run = training.start_run(args)
+    model = load_model(DiT, start, run.device) if args.causal else DiT(config).to(run.device)
     vae = load_model(VAE, args.vae, run.device)
     if args.causal:
         encoder = load_model(TextEncoder, args.text_encoder, run.device).requires_grad_(False)
@@ -162,11 +157,13 @@ def main():
     averaged, seconds = train_causal(*parts) if args.causal else train_bidirectional(*parts)
     if seconds is None:
         return
-    name = "causal_teacher" if args.causal else "teacher"
-    training.write_trained(run, name, averaged[0].state_dict(), model.config, seconds)
+    name, then = "causal_teacher", "evaluate.py --causal"
     if not args.causal:
-        tensors = averaged[1].state_dict()
-        training.write_trained(run, "text_encoder", tensors, encoder.config, seconds)
+        name, then, tensors = "teacher", "ode_init.py --teacher", averaged[1].state_dict()
+        written = training.write_trained(run, "text_encoder", tensors, encoder.config, seconds)
+        args.text_encoder = written
+    parts, codecs = (averaged[0].state_dict(), model.config), (args.vae, args.text_encoder)
+    training.write_transformer(run, name, *parts, seconds, codecs, then)
 
 
 if __name__ == "__main__":

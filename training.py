@@ -9,11 +9,12 @@ and random state. A run stopped at any moment and resumed ends in the same weigh
 import json
 import math
 import os
-import pickle
 import re
+import shutil
 import signal
 import time
-from dataclasses import dataclass, fields, replace
+import warnings
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from tqdm import tqdm
 import flags
 import weights
 from model import ModelConfig
-from weights import ROOT, UserError, provenance
+from weights import ROOT, UserError, command_line, provenance, reason, written
 
 
 # ------------------------------------------------------------------------------- results and docs
@@ -29,12 +30,8 @@ def write_results(out, result, text):
     """Print a table; write OUT.json, OUT.md and the table between its markers in docs/RESULTS.md.
     The markers are <!-- OUT.json --> and <!-- end -->. Raises UserError if it cannot write."""
     print(text)
-    try:
-        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        replace_file(out + ".json", json.dumps(provenance() | result, indent=1) + "\n")
-        replace_file(out + ".md", text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {out}.json and {out}.md: {error.strerror}") from None
+    replace_file(out + ".json", json.dumps(provenance() | result, indent=1) + "\n")
+    replace_file(out + ".md", text + "\n")
     print(f"wrote {out}.json and {out}.md")
     path = os.path.join(ROOT, "docs", "RESULTS.md")
     marker = re.escape(f"<!-- {os.path.relpath(out, ROOT)}.json -->")
@@ -50,10 +47,9 @@ def write_results(out, result, text):
 
 
 def replace_file(path, content):
-    """Write a text file under a temporary name that then becomes `path`."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(content)
-    os.replace(path + ".tmp", path)
+    """Write a text file: all of it, or nothing and a UserError."""
+    with written(path) as file:
+        file.write(content.encode())
 
 
 # -------------------------------------------------------------------------------- flags and a run
@@ -72,6 +68,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    settings: dict = field(default_factory=dict)  # all flags, as a checkpoint keeps them
 
     def autocast(self):
         """bf16 autocast where the run's dtype is bf16; weights and optimiser stay in float32."""
@@ -79,22 +76,55 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=on)
 
 
+# what --resume may change; a run that changed anything else would be a mixture of two
+CHANGEABLE = ("steps", "lr", "save_every", "minutes", "device", "dtype", "threads", "compile")
+
+
+def read_settings(args):
+    """All flags but --out and --resume, as a checkpoint keeps them: a file by its contents."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    for name, value in settings.items():
+        if isinstance(value, str) and os.path.isfile(value):
+            settings[name] = f"with contents {weights.file_hash(value)}"
+    return settings
+
+
+def compare_settings(out, before, now):
+    """Say which settings a resumed run changes. Raises UserError for those that cannot change."""
+    changed = [name for name in before if name in now and now[name] != before[name]]
+    fixed = [name for name in changed if name not in CHANGEABLE]
+    told = "; ".join(
+        f"--{name.replace('_', '-')} {now[name]}, not {before[name]}" for name in fixed or changed
+    )
+    if fixed:
+        raise UserError(f"{out} cannot go on with {told}: give what it was, or another --out")
+    if changed:
+        print(f"{out} goes on with {told}")
+
+
 def start_run(args):
     """Check the flags of `training_parser`, make the output folder and seed torch: a `Run`.
     Raises UserError for values that no run can have, and for a folder that holds a run already."""
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
-    weights.make_folder(args.out)
-    checkpoint = os.path.exists(os.path.join(args.out, "checkpoint.pt"))
-    if args.resume and not checkpoint:
-        raise UserError(f"nothing to resume: {args.out} has no checkpoint.pt")
-    if checkpoint and not args.resume:
+    path, settings = os.path.join(args.out, "checkpoint.pt"), read_settings(args)
+    if args.resume and os.path.exists(path):
+        saved = read_saved(path, "meta")  # the weights are read later
+        rates = saved.get("base_lr", [[args.lr]])  # all that an old checkpoint knows
+        compare_settings(args.out, saved.get("settings", {"lr": rates[0][0]}), settings)
+    elif args.resume:
+        # all that a run leaves that was stopped before its first checkpoint
+        if not os.path.isdir(args.out) or set(os.listdir(args.out)) - {"log.jsonl"}:
+            raise UserError(f"nothing to resume: {args.out} has no checkpoint.pt")
+        print(f"{args.out} has no checkpoint yet: it begins, with what was prepared for it")
+    elif os.path.exists(path):
         raise UserError(
             f"{args.out} holds a run already: add --resume to go on with it, "
             "or choose another --out"
         )
+    weights.make_folder(args.out)
     torch.manual_seed(args.seed)
-    values = {field.name: getattr(args, field.name) for field in fields(Run)}
-    return Run(**values | {"device": device, "dtype": dtype})
+    values = vars(args) | {"device": device, "dtype": dtype, "settings": settings}
+    return Run(**{field.name: values[field.name] for field in fields(Run)})
 
 
 def read_config(path):
@@ -208,26 +238,72 @@ def optimise(optimizer, loss, clip=1.0):
 
 
 # --------------------------------------------------------------------------------------- the loop
-def load_checkpoint(path, device, state, generator):
-    """Load what `train` saved into the parts of `state`: (step, seconds, learning rates).
-    Raises UserError for a checkpoint that is damaged or of other parts."""
+def save_checkpoint(path, run, state, generator, **progress):
+    """Write all that a run needs to go on. Raises UserError if the disk is full."""
+    saved = {"state": {name: part.state_dict() for name, part in state.items()}}
+    saved |= {"generator": generator.get_state(), "settings": run.settings, **progress}
+    with written(path) as file:
+        torch.save(saved, file)
+
+
+def read_saved(path, device="cpu"):
+    """Read the dict that torch.save wrote to `path`. Raises UserError for anything else."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(saved, dict):
+            raise TypeError("it does not hold what this version writes")
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {reason(error)}; delete it to begin again") from None
+    return saved
+
+
+def load_checkpoint(path, run, state, generator):
+    """Load what `save_checkpoint` wrote into the parts of `state`: (step, seconds).
+    Raises UserError for a checkpoint that is damaged, of other parts or beyond the run's end."""
+    saved = read_saved(path, run.device)
+    try:
+        if saved["step"] > run.steps:
+            raise ValueError(f"{saved['step']} steps are done, more than --steps {run.steps}")
         for name, part in state.items():
             part.load_state_dict(saved["state"][name])
         generator.set_state(saved["generator"].cpu())
-        return saved["step"], saved["seconds"], saved["base_lr"]
-    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} does not fit this run ({reason})") from None
+        return saved["step"], saved["seconds"]
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not fit this run ({reason(error)})") from None
+
+
+def comes_before(line, step):
+    """Whether a line of a log is whole and of a step before `step`."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] < step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def forget_after(path, step):
-    """Drop the lines of a log from `step` on: a resumed run makes these steps again."""
+    """Drop the lines of a log from `step` on, which a run makes again, and damaged ones."""
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        replace_file(path, "".join(line for line in lines if json.loads(line)["step"] < step))
+        with open(path, encoding="utf-8", errors="replace") as file:
+            kept = [line for line in file if comes_before(line, step)]
+        replace_file(path, "".join(kept))
+
+
+def check_finite(run, step, numbers):
+    """Raise UserError if the loss or another number of a step is NaN or infinite."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            begun = os.path.exists(os.path.join(run.out, "checkpoint.pt"))
+            how = "--resume its last checkpoint with" if begun else "begin again with"
+            raise UserError(
+                f"{run.out} failed at step {step}: {name} is {float(value)}. Nothing of it was "
+                f"written; {how} a lower --lr than {run.lr:g}"
+            )
+
+
+def largest(state):
+    """The largest absolute value of all weights and averages, NaN if one is NaN."""
+    tensors = [v for part in state.values() for v in part.state_dict().values()]
+    return torch.stack([v.abs().max().float() for v in tensors if torch.is_tensor(v)]).max()
 
 
 def train(run, state, step, sheet, warmup=50):
@@ -236,64 +312,104 @@ def train(run, state, step, sheet, warmup=50):
     state: name -> network, optimiser or EMA, all that a checkpoint must hold. The learning rates
     rise over `warmup` steps and fall to 0 along a cosine. sheet(path) -> numbers to log: draws and
     measures samples, at every checkpoint. Returns the seconds that the run took, or None if it was
-    stopped before its last step (--minutes, Ctrl-C).
+    stopped before its last step (--minutes, Ctrl-C). Raises UserError, before anything is written,
+    if a number is not finite: `step` returns each loss or the norm of its gradient.
     """
     generator = torch.Generator().manual_seed(run.seed)  # on the CPU: the same on every device
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     path, log = (os.path.join(run.out, name) for name in ("checkpoint.pt", "log.jsonl"))
     first, spent = 0, 0.0
-    if run.resume:
-        first, spent, rates = load_checkpoint(path, run.device, state, generator)
-        forget_after(log, first)
+    if run.resume and os.path.exists(path):
+        first, spent = load_checkpoint(path, run, state, generator)
+    forget_after(log, first)
+    # autocast meets weights that stay in float32, as they should
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     began, shown, stop, name = time.time(), {}, [], os.path.basename(os.path.normpath(run.out))
     bar = tqdm(total=run.steps, initial=first, desc=name, mininterval=2)
     signals = (signal.SIGINT, signal.SIGTERM)  # the step in progress ends, then it is saved
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in signals}
+    unchecked, done, stopped = {}, first >= run.steps, False
 
     def seconds():
         return spent + time.time() - began
 
-    def save(step):
-        saved = {"state": {k: v.state_dict() for k, v in state.items()}, "step": step}
-        saved |= {"generator": generator.get_state(), "seconds": seconds(), "base_lr": rates}
-        torch.save(saved, path + ".tmp")
-        os.replace(path + ".tmp", path)
-
     def note(step, numbers):
         if numbers:
             numbers = {k: round(torch.as_tensor(v).item(), 6) for k, v in numbers.items()}
-            with open(log, "a", encoding="utf-8") as file:
-                line = {"step": step, "seconds": round(seconds(), 1), **numbers}
-                file.write(json.dumps(line) + "\n")
+            line = {"step": step, "seconds": round(seconds(), 1), **numbers}
+            try:
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write {log}: {reason(error)}") from None
             shown.update({k: f"{v:.4g}" for k, v in numbers.items()})
             bar.set_postfix(shown, refresh=False)
 
-    for i in range(first, run.steps):
-        scale = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / run.steps))
-        for optimizer, own in zip(optimizers, rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, own, strict=True):
-                group["lr"] = rate * scale
-        numbers, done = step(i, generator), i + 1 == run.steps
-        if i % 10 == 0 or done:
-            note(i, numbers)
-        bar.update()
-        stopped = bool(stop) or time.time() - began > 60 * run.minutes
-        if done or stopped or (i + 1) % run.save_every == 0:
-            save(i + 1)
-            note(i, sheet(os.path.join(run.out, "sheet.png")))
-        if stopped and not done:
-            print(f"stopped after step {i + 1} of {run.steps}; go on with --resume")
-            break
-    bar.close()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    return seconds() if first >= run.steps or done else None
+    def checkpoint(step):
+        check_finite(run, step, {"the largest weight": largest(state)})
+        bar.set_description(f"{name}: saving, measuring samples")
+        progress = {"step": step + 1, "seconds": seconds()}
+        save_checkpoint(path, run, state, generator, **progress)
+        note(step, sheet(os.path.join(run.out, "sheet.png")))
+        bar.set_description(name, refresh=False)
+
+    try:
+        for i in range(first, run.steps):
+            scale = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / run.steps))
+            for optimizer, own in zip(optimizers, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, own, strict=True):
+                    group["lr"] = rate * scale
+            numbers = {k: torch.as_tensor(v).detach() for k, v in step(i, generator).items()}
+            unchecked[i] = numbers
+            done = i + 1 == run.steps
+            stopped = bool(stop) or time.time() - began > 60 * run.minutes
+            due = done or stopped or (i + 1) % run.save_every == 0
+            # to look at a number waits for the GPU, so there it is not done at each step
+            if run.device.type == "cpu" or i % 10 == 0 or due:
+                for past, made in unchecked.items():
+                    check_finite(run, past, made)
+                unchecked.clear()
+            if i % 10 == 0 or done:
+                note(i, numbers)
+            bar.update()
+            if due:
+                checkpoint(i)
+            if stopped:
+                break
+    finally:
+        bar.close()
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    if done:
+        return seconds()
+    print(f"stopped after step {i + 1} of {run.steps}; this goes on:")
+    print(command_line() if run.resume else f"{command_line()} --resume")
+    return None
 
 
-def write_trained(run, name, tensors, config, seconds, **origin):
-    """Write the weights of a finished run as OUT/NAME.safetensors, and say so."""
+def write_trained(run, name, tensors, config, seconds, then=None, **origin):
+    """Write the weights of a finished run as OUT/NAME.safetensors, and say so: -> the path.
+    then: a script that samples them or goes on with them and its flags, but for the path at their
+    end; this is printed last."""
     path = os.path.join(run.out, f"{name}.safetensors")
     origin = {"stage": name.replace("_", " "), "steps": run.steps, **origin}
     weights.save_weights(path, tensors, config, seconds=round(seconds), **origin)
     print(f"wrote {path}")
+    if then:
+        print(f"next: python {then} {path}")
+    return path
+
+
+def write_transformer(run, name, tensors, config, seconds, codecs, then, **origin):
+    """`write_trained`, and beside it the VAE and text encoder that it was trained with, which its
+    metadata names, unless they are shipped. codecs: their paths."""
+    for path in codecs:
+        if os.path.dirname(os.path.abspath(path)) not in (
+            weights.WEIGHTS,
+            os.path.abspath(run.out),
+        ):
+            shutil.copyfile(path, os.path.join(run.out, os.path.basename(path)))
+    vae, text_encoder = (weights.file_hash(path) for path in codecs)
+    hashes = {"vae": vae, "text_encoder": text_encoder}
+    return write_trained(run, name, tensors, config, seconds, then, **hashes, **origin)

@@ -252,7 +252,8 @@ def train_vae(run, name, vae, loss, trained, begin=0.0):
         quality = f"held-out PSNR {held_out_psnr(averaged):.2f} dB"
         print(quality)
         tensors, config = averaged.state_dict(), vae.config
-        training.write_trained(run, name, tensors, config, seconds, quality=quality)
+        then = "teacher.py --vae" if config.time_stride > 1 else "nfd_teacher.py --vae"
+        training.write_trained(run, name, tensors, config, seconds, then, quality=quality)
 
 
 def main():

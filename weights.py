@@ -4,17 +4,20 @@ Weights are safetensors files whose metadata holds the network's config as JSON 
 weights came from. Nothing from a file is ever executed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, fields
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch.overrides import TorchFunctionMode
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 WEIGHTS = os.path.join(ROOT, "weights")
@@ -55,41 +58,29 @@ def hardware():
     return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
 
 
-# --------------------------------------------------------------------------------- weights files
-def provenance():
-    """Say where a file comes from: command, commit, hardware and version of torch."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {
-        "command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-        "commit": commit or "unknown",
-        "hardware": hardware(),
-        "torch": torch.__version__,
-    }
+# ------------------------------------------------------------------------------------ files at all
+def reason(error):
+    """Say in one short line what an exception is about."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (getattr(error, "strerror", None) or lines[0].strip())[:200]
 
 
-def save_weights(path, tensors, config, **origin):
-    """Write tensors in bf16, with the config, a dataclass, and their origin in the metadata."""
-    metadata = {k: str(v) for k, v in (provenance() | origin).items()}
-    metadata["config"] = json.dumps(asdict(config))
-    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
-    save_file(tensors, path + ".tmp", metadata)
-    os.replace(path + ".tmp", path)
-
-
-def read_weights(path):
-    """Read a safetensors file: (tensors in float32, the config in its metadata or None).
-    Raises UserError if the file is missing or damaged."""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no weights file {path}; train it first or name another one")
+@contextlib.contextmanager
+def written(path):
+    """Open a binary file under a temporary name that becomes `path` when all of it is written.
+    After an error nothing is left of it. Raises UserError if it cannot be written."""
+    temporary = path + ".tmp"
     try:
-        with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "null"))
-            names = list(file.keys())
-            return {name: file.get_tensor(name).float() for name in names}, config
-    except (SafetensorError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a whole safetensors file ({reason})") from None
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"cannot write {path}: {reason(cause)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def file_hash(*paths):
@@ -101,6 +92,95 @@ def file_hash(*paths):
     return key.hexdigest()[:8]
 
 
+# --------------------------------------------------------------------------------- weights files
+def command_line():
+    """Say what was typed to start this script, as a shell takes it."""
+    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def provenance():
+    """Say where a file comes from: command, commit, hardware and version of torch."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = ""
+    with contextlib.suppress(OSError):  # there is no git here
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "command": command_line(),
+        "commit": commit or "unknown",
+        "hardware": hardware(),
+        "torch": torch.__version__,
+    }
+
+
+def save_weights(path, tensors, config, **origin):
+    """Write tensors in bf16, with the config, a dataclass, and their origin in the metadata."""
+    metadata = {k: str(v) for k, v in (provenance() | origin).items()}
+    metadata["config"] = json.dumps(asdict(config))
+    tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
+    with written(path) as file:  # safetensors' own save_file lets nobody else read the file
+        file.write(save(tensors, metadata))
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Open a safetensors file. Raises UserError if it is missing or damaged."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no weights file {path}; train it first or name another one")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({reason(error)})") from None
+
+
+def read_weights(path):
+    """Read a safetensors file: (tensors in float32, the config in its metadata or None).
+    Raises UserError if the file is missing or damaged."""
+    with opened(path) as file:
+        config = json.loads((file.metadata() or {}).get("config", "null"))
+        names = list(file.keys())
+        return {name: file.get_tensor(name).float() for name in names}, config
+
+
+def check_config(config, tensors):
+    """Raise ValueError for a field that is no number that a model of so many tensors can have."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kind = (int, float) if field.type is float else int
+        sizes = value if field.type is tuple else (value,)
+        limit = tensors if field.name == "num_layers" else 1_000_000
+        if not all(isinstance(size, kind) and 0 < size <= limit for size in sizes):
+            raise ValueError(f"{field.name} cannot be {value!r:.40}")
+
+
+class Room(TorchFunctionMode):
+    """Refuse to build a network of more than so many elements, before their memory is touched.
+    (Shapes on the meta device would do too, but to import its arithmetic takes two seconds.)"""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.left = elements
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.empty:
+            self.left -= made.numel()
+            if self.left < 0:
+                raise ValueError("their config asks for more of them")
+        return made
+
+
+def check_tensors(expected, tensors):
+    """Raise ValueError for tensors of other names or shapes, or that are not finite."""
+    if expected.keys() != tensors.keys():
+        raise ValueError(f"{min(expected.keys() ^ tensors.keys())} is in one of the two alone")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite, as a run that failed leaves it")
+
+
 def load_model(network, path, device="cpu"):
     """Make a network (a class with a `Config`: DiT, VAE, TextEncoder) of its weights file.
     Raises UserError if the file is missing, damaged, or of another network."""
@@ -110,11 +190,14 @@ def load_model(network, path, device="cpu"):
     if not isinstance(config, dict) or any(config[k] for k in set(config) - known):
         raise UserError(f"{path} does not hold a {network.__name__}")
     try:
-        model = network(network.Config(**{k: v for k, v in config.items() if k in known}))
+        config = network.Config(**{k: v for k, v in config.items() if k in known})
+        check_config(config, len(tensors))
+        with Room(sum(tensor.numel() for tensor in tensors.values())):
+            model = network(config)
+        check_tensors(model.state_dict(), tensors)
         model.load_state_dict(tensors)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the weights in {path} do not fit the model: {reason}") from None
+        raise UserError(f"the weights in {path} do not fit the model: {reason(error)}") from None
     return model.to(device).eval()
 
 
@@ -128,3 +211,31 @@ def check_fit(model, vae, encoder):
             f"the transformer, for {c.in_dim} latent channels and prompts of width {c.text_dim}, "
             f"does not go with the VAE ({channels}) and the text encoder ({width})"
         )
+
+
+def beside(path, name):
+    """Path of the weights NAME in the folder of the file `path`, or of the shipped ones."""
+    near = os.path.join(os.path.dirname(path), f"{name}.safetensors")
+    return near if os.path.isfile(near) else shipped(name)
+
+
+def made_with(path, vae, text_encoder, vae_name="vae"):
+    """Choose what a transformer's file goes with: the given VAE and text encoder, else those beside
+    it, else the shipped. Raises UserError if the file names others; one of before names none."""
+    chosen = {"vae": vae or beside(path, vae_name)}
+    chosen["text_encoder"] = text_encoder or beside(path, "text_encoder")
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+    for name, given in chosen.items():
+        if metadata.get(name, file_hash(given)) != file_hash(given):
+            told = f"was made with another {name.replace('_', ' ')} than {given}: name that one"
+            raise UserError(f"{path} {told} with --{name.replace('_', '-')}")
+    return chosen.values()
+
+
+def check_role(path, *stages):
+    """Raise UserError for weights whose metadata names a stage that is none of these."""
+    with opened(path) as file:
+        stage = (file.metadata() or {}).get("stage")
+    if stage and not any(name in stage for name in stages):
+        raise UserError(f"{path} holds a {stage}; here is asked for a {' or a '.join(stages)}")

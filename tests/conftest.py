@@ -1,4 +1,6 @@
+import contextlib
 import math
+import resource
 import sys
 
 import pytest
@@ -58,6 +60,17 @@ def tiny_run(out="out", **fields):
     flags = {"steps": 9, "batch_size": 1, "lr": 1e-3, "seed": 0, "out": str(out), "resume": False}
     flags |= {"save_every": 2, "minutes": math.inf, "compile": False}
     return Run(**flags | {"device": torch.device("cpu"), "dtype": torch.float32} | fields)
+
+
+@contextlib.contextmanager
+def full_disk(size=2000):
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import generator
+from conftest import full_disk, generator
 
 from data import MOTIONS, sample_clips
 from dataset import SHARES, LatentClips, draw_pieces, encode_clips, kept_in
 from nfd_world import sample_walks
+from weights import UserError
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -101,14 +102,91 @@ def test_latents_of_other_clips_are_kept_in_another_file(walks):
     assert len(os.listdir("runs/latents")) == 3
 
 
-def test_what_is_kept_is_made_only_once(tmp_path):
-    path, made = str(tmp_path / "folder" / "x.pt"), []
+def numbers(first, stop_at=None):
+    """Parts `first` .. 3 of a tensor and of a list; stop_at: Ctrl-C while that part is made."""
+    for number in range(first, 4):
+        if number == stop_at:
+            raise KeyboardInterrupt
+        yield {"x": torch.full((2, 3), number), "names": [f"{number}"]}
 
-    def make():
-        made.append(1)
-        return {"x": torch.ones(2)}
 
-    for _ in range(2):
-        assert torch.equal(kept_in(path, make)["x"], torch.ones(2))
-    assert made == [1]
-    assert os.listdir(tmp_path / "folder") == ["x.pt"]
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "x.pt"
+
+
+def keep(path, **how):
+    """`kept_in` of `numbers`: (what is kept, the number of the first part that was made)."""
+    made = []
+
+    def make(first):
+        made.append(first)
+        return numbers(first, **how)
+
+    return kept_in(str(path), "counting", 4, make), made
+
+
+def test_parts_are_joined_in_their_order(path):
+    kept, _ = keep(path)
+    assert torch.equal(kept["x"], torch.arange(4).repeat_interleave(2)[:, None].expand(-1, 3))
+    assert kept["names"] == ["0", "1", "2", "3"]
+
+
+def test_what_is_kept_is_made_only_once(path):
+    first, _ = keep(path)
+    again, made = keep(path)
+    assert torch.equal(again["x"], first["x"])
+    assert made == []
+
+
+def test_of_the_parts_one_file_is_left(path):
+    keep(path)
+    assert os.listdir(path.parent) == ["x.pt"]
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3])
+def test_what_was_stopped_goes_on_where_it_was(path, tmp_path, stop_at):
+    with pytest.raises(KeyboardInterrupt):
+        keep(path, stop_at=stop_at)
+    kept, made = keep(path)
+    assert made == [stop_at]
+    assert torch.equal(kept["x"], keep(tmp_path / "whole.pt")[0]["x"])
+
+
+def test_what_is_stopped_says_so(path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        keep(path, stop_at=1)
+    assert "the same command goes on" in capsys.readouterr().out
+
+
+def test_what_is_made_is_said_first(path, capsys):
+    keep(path)
+    assert capsys.readouterr().out.startswith("first, counting")
+
+
+@pytest.mark.parametrize("damage", [b"", b"not torch's"])
+def test_a_damaged_file_is_named(path, damage):
+    keep(path)
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=r"cannot read .*x\.pt.*delete it"):
+        keep(path)
+
+
+def test_a_full_disk_is_named_and_leaves_whole_parts(path):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*x\.pt\.0: File too large"):
+        kept_in(str(path), "counting", 1, lambda first: iter([{"x": torch.zeros(9999)}]))
+    assert os.listdir(path.parent) == []
+
+
+def test_encoding_that_was_stopped_goes_on_to_the_same_latents(walks):
+    class Stopped(FakeVAE):
+        def encode(self, video):
+            if self.calls == 1:
+                raise KeyboardInterrupt
+            return super().encode(video)
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_clips(Stopped(), walks, batch=8)
+    vae = FakeVAE()
+    assert torch.equal(encode_clips(vae, walks, batch=8), walks.render().bfloat16())
+    assert vae.calls == 2  # of 3

@@ -143,3 +143,8 @@ def test_a_short_form_of_a_flag_is_refused(command_line):
     status, _, err = command_line(sample, "--promp", PROMPT)
     assert status == 2
     assert "--promp" in err
+
+
+@pytest.mark.parametrize(("frames", "begin"), [(1, 0), (9, 0), (10, 9), (21, 9), (22, 21)])
+def test_the_last_chunk_begins_after_all_frames_of_those_before(frames, begin):
+    assert flags.last_chunk(frames, 3, 4) == begin

@@ -24,11 +24,15 @@ def test_student_times_that_are_not_on_the_grid_are_refused(solver_steps):
         student_grid(solver_steps, 4)
 
 
-def trajectories(teacher=None, solver_steps=8, student_steps=4):
+def trajectories(teacher=None, solver_steps=8, student_steps=4, first=0):
     """4 trajectories of clips of 6 latent frames, in batches of 2, and their prompts."""
     grid = student_grid(solver_steps, student_steps)
-    parts = (teacher or tiny_model(), encoder(), 4, solver_steps, grid, (6, 8, 8, 8), "cpu")
-    return make_trajectories(*parts, batch=2)
+    how = (solver_steps, grid, (6, 8, 8, 8), "cpu")
+    parts = range(first, 2)
+    made = list(make_trajectories(teacher or tiny_model(), encoder(), parts, *how, batch=2))
+    return torch.cat([part["states"] for part in made]), [
+        p for part in made for p in part["prompts"]
+    ]
 
 
 def encoder():
@@ -48,6 +52,13 @@ def test_every_trajectory_has_a_prompt():
 
 def test_trajectories_are_the_same_every_time():
     assert torch.equal(trajectories()[0], trajectories()[0])
+
+
+def test_parts_that_are_not_wanted_change_nothing_in_the_others():
+    states, prompts = trajectories()
+    some, their_prompts = trajectories(first=1)
+    assert torch.equal(some, states[2:])
+    assert their_prompts == prompts[2:]
 
 
 def test_trajectories_start_in_unit_noise():

@@ -16,7 +16,6 @@ from sample import (
     from_image,
     from_noise,
     from_video,
-    last_chunk,
     pieces,
     prompt_at,
     stream,
@@ -278,8 +277,3 @@ def test_the_motion_goes_on_across_a_new_prompt(changed):
     leap = (found.x.diff(dim=1).square() + found.y.diff(dim=1).square()).sqrt()
     assert leap[:, 42:54].amax() < 4  # pixels from frame to frame
     assert moving_as(found, clips) > 0.7
-
-
-@pytest.mark.parametrize(("frames", "begin"), [(1, 0), (9, 0), (10, 9), (21, 9), (22, 21)])
-def test_the_last_chunk_begins_after_all_frames_of_those_before(frames, begin):
-    assert last_chunk(tiny_model(), tiny_vae(), frames) == begin

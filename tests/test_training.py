@@ -1,12 +1,17 @@
 import json
+import math
 import os
+import sys
+import warnings
 
 import pytest
 import torch
-from conftest import generator, tiny_run
+from conftest import full_disk, generator, tiny_run
 
+import flags
 import training
 from model import ModelConfig
+from text import TextConfig
 from training import (
     EMA,
     Muon,
@@ -15,34 +20,40 @@ from training import (
     optimise,
     orthogonal,
     read_config,
+    start_run,
     train,
     write_results,
+    write_trained,
 )
 from weights import UserError
 
 
 # --------------------------------------------------------------------------------- the loop
-def run(out, die_at=None, warmup=3, **flags):
-    """A small training run -> (seconds or None, weights and averages); die_at: the power goes."""
+def run(out, die_at=None, warmup=3, fail_at=None, factor=math.nan, **flags):
+    """A small training run -> (seconds or None, weights and averages).
+    die_at: the power goes; fail_at: the loss of that step is multiplied by `factor`."""
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 4)
-    ema, optimizer = EMA(net), Muon(net.parameters(), net.parameters(), 0.1)
+    ema = EMA(net)
+    optimizer = Muon(net.parameters(), net.parameters(), flags.get("lr", 0.1))
     os.makedirs(out, exist_ok=True)
 
     def step(i, generator):
         if i == die_at:
             raise SystemError("power cut")
         x = torch.randn(8, 4, generator=generator)
-        loss = (net(x) - x.flip(1)).square().mean()
+        loss = (net(x) - x.flip(1)).square().mean() * (factor if i == fail_at else 1)
         norm = optimise(optimizer, loss)
         ema.update(net, i)
         return {"loss": loss, "grad": norm}
 
     def sheet(path):
+        with open(path, "w") as file:
+            file.write("samples")
         return {}
 
     state = {"net": net, "ema": ema, "optimizer": optimizer}
-    seconds = train(tiny_run(out, **flags), state, step, sheet, warmup)
+    seconds = train(tiny_run(out, **{"lr": 0.1} | flags), state, step, sheet, warmup)
     return seconds, [*net.state_dict().values(), *ema.shadow.values()]
 
 
@@ -81,11 +92,271 @@ def test_log_has_every_tenth_step_once_after_a_resume(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [0, 10, 20, 29]
 
 
-def test_a_checkpoint_that_is_damaged_is_named(tmp_path):
+@pytest.mark.parametrize("damage", [{"a": 1, 3: 4}, "not JSON", '{"step": "x"}', "\xff"])
+def test_damaged_lines_of_a_log_are_dropped(tmp_path, damage):
+    run(tmp_path, steps=30, minutes=1e-9)
+    log = tmp_path / "log.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole + f"{damage}\n".encode("latin-1") + whole[:9])
+    run(tmp_path, steps=30, resume=True)
+    lines = log.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 10, 20, 29]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_has_one_log(tmp_path):
+    with pytest.raises(SystemError):
+        run(tmp_path, save_every=99, die_at=3)
     run(tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="does not fit this run"):
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def whole_but(change):
+    """Damage to a checkpoint: its dict with a change."""
+
+    def damage(path):
+        torch.save(torch.load(path, weights_only=True) | change, path)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"not a checkpoint"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: torch.save(torch.ones(3), path),
+        lambda path: torch.save({}, path),
+        whole_but({"state": {}}),
+        whole_but({"state": {"net": {}, "ema": {}, "optimizer": {}}}),
+    ],
+    ids=["text", "empty", "cut", "a tensor", "an empty dict", "no parts", "empty parts"],
+)
+def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, damage):
+    run(tmp_path)
+    damage(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"checkpoint\.pt") as raised:
         run(tmp_path, resume=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_is_not_shorter_than_what_is_done(tmp_path):
+    run(tmp_path)
+    with pytest.raises(UserError, match="9 steps are done, more than --steps 5"):
+        run(tmp_path, steps=5, resume=True)
+
+
+def test_the_bar_says_why_it_stands_still(tmp_path, capsys):
+    run(tmp_path)
+    assert "measuring samples" in capsys.readouterr().err
+
+
+def test_a_stopped_run_ends_with_the_command_that_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/stage.py", "--out", "my runs"])
+    run(tmp_path, minutes=1e-9)
+    assert capsys.readouterr().out.splitlines()[-1] == "python stage.py --out 'my runs' --resume"
+
+
+def test_torchs_warning_of_mixed_dtypes_is_not_shown(tmp_path):
+    def step(i, generator):
+        warnings.warn("Mismatch dtype between input and weight: input dtype = ...", stacklevel=2)
+        warnings.warn("another", stacklevel=2)
+        return {}
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        train(tiny_run(tmp_path, steps=1), {"net": torch.nn.Linear(1, 1)}, step, lambda path: {})
+    assert [str(warning.message) for warning in shown] == ["another"]
+
+
+# ------------------------------------------------------------------------------- runs that fail
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_run_that_fails_says_where_and_what_to_do(tmp_path, factor):
+    words = f"{tmp_path} failed at step 1: loss is {factor}.*begin again with a lower --lr than 0.1"
+    with pytest.raises(UserError, match=words):
+        run(tmp_path, fail_at=1, factor=factor)
+
+
+def test_an_infinite_gradient_alone_ends_a_run(tmp_path):
+    with pytest.raises(UserError, match="step 3: grad is"):
+        run(tmp_path, fail_at=3, factor=1e38)
+
+
+def test_a_run_that_fails_at_once_writes_nothing(tmp_path):
+    with pytest.raises(UserError):
+        run(tmp_path, fail_at=0)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", "meta"]
+)  # meta stands for a GPU, which is not waited for
+@pytest.mark.parametrize("fail_at", [4, 5])
+def test_a_run_that_fails_keeps_its_last_checkpoint(tmp_path, device, fail_at):
+    run(tmp_path / "good", steps=4)
+    with pytest.raises(
+        UserError, match=f"step {fail_at}: .*--resume its last checkpoint with a lower"
+    ):
+        run(tmp_path / "bad", fail_at=fail_at, device=torch.device(device))
+    assert torch.load(tmp_path / "bad" / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
+def test_a_run_that_failed_goes_on_from_its_checkpoint(tmp_path):
+    _, whole = run(tmp_path / "whole")
+    with pytest.raises(UserError):
+        run(tmp_path / "cut", fail_at=5)
+    assert equal(run(tmp_path / "cut", resume=True)[1], whole)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    net = torch.nn.Linear(1, 1)
+
+    def step(i, generator):
+        net.weight.data.fill_(math.inf)
+        return {"loss": 1.0}
+
+    with pytest.raises(UserError, match="largest weight is inf"):
+        train(tiny_run(tmp_path, steps=1), {"net": net}, step, lambda path: {})
+    assert not os.path.exists(tmp_path / "checkpoint.pt")
+
+
+def test_a_full_disk_is_named_in_one_line(tmp_path):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*checkpoint\.pt: File too la"):
+        run(tmp_path)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_else(tmp_path):
+    run(tmp_path, steps=2)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with full_disk(), pytest.raises(UserError):
+        run(tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.jsonl", "sheet.png"}
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    def step(i, generator):
+        os.symlink("/dev/full", tmp_path / "log.jsonl")
+        return {"loss": 1.0}
+
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No space left"):
+        train(tiny_run(tmp_path), {"net": torch.nn.Linear(1, 1)}, step, lambda path: {})
+
+
+# --------------------------------------------------------------------------------------- settings
+def start(out, *arguments):
+    """`start_run` of a stage that has a flag of its own."""
+    parser = flags.training_parser("", 9, 1, 0.1, str(out))
+    parser.add_argument("--teacher", default="none")
+    return start_run(parser.parse_args(["--device", "cpu", *map(str, arguments)]))
+
+
+def begin(out, *arguments):
+    """A run that has made one step of its 9."""
+    settings = start(out, *arguments).settings
+    run(out, minutes=1e-9, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--seed", 1), ("--batch-size", 2), ("--teacher", "another")]
+)
+def test_a_resumed_run_cannot_change_what_it_learns(tmp_path, flag, value):
+    begin(tmp_path)
+    with pytest.raises(UserError, match=f"cannot go on with {flag} {value}, not"):
+        start(tmp_path, "--resume", flag, value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "field"),
+    [
+        ("--steps", 12, "steps"),
+        ("--lr", 0.5, "lr"),
+        ("--save-every", 7, "save_every"),
+        ("--minutes", 3.0, "minutes"),
+        ("--dtype", "bfloat16", None),
+        ("--threads", 1, None),
+    ],
+)
+def test_a_resumed_run_says_what_it_changes(tmp_path, capsys, flag, value, field):
+    begin(tmp_path)
+    resumed = start(tmp_path, "--resume", flag, value)
+    assert f"goes on with {flag} {value}, not" in capsys.readouterr().out
+    assert field is None or getattr(resumed, field) == value
+
+
+def test_a_resumed_run_that_changes_nothing_says_nothing(tmp_path, capsys):
+    begin(tmp_path)
+    capsys.readouterr()
+    start(tmp_path, "--resume")
+    assert "goes on" not in capsys.readouterr().out
+
+
+def test_a_file_with_other_contents_is_another_setting(tmp_path):
+    path = tmp_path / "teacher"
+    path.write_text("one")
+    begin(tmp_path / "run", "--teacher", path)
+    start(tmp_path / "run", "--resume", "--teacher", path.rename(tmp_path / "moved"))
+    path.write_text("another")
+    with pytest.raises(UserError, match="--teacher"):
+        start(tmp_path / "run", "--resume", "--teacher", path)
+
+
+def test_a_resumed_run_has_the_learning_rate_that_it_is_given(tmp_path):
+    run(tmp_path / "slow", minutes=1e-9)
+    run(tmp_path / "same", minutes=1e-9)
+    _, slow = run(tmp_path / "slow", resume=True, lr=1e-9)
+    _, same = run(tmp_path / "same", resume=True)
+    _, first = run(tmp_path / "first", steps=1)
+    assert not equal(same, slow)
+    assert torch.allclose(slow[0], first[0], atol=1e-3)
+
+
+def test_a_checkpoint_from_before_settings_were_kept_loads(tmp_path, capsys):
+    _, whole = run(tmp_path / "whole")
+    run(tmp_path / "cut", minutes=1e-9)
+    path = tmp_path / "cut" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["settings"]
+    torch.save(saved | {"base_lr": [[0.2, 0.2]]}, path)
+    start(tmp_path / "cut", "--resume")
+    assert "goes on with --lr 0.1, not 0.2" in capsys.readouterr().out
+    assert equal(run(tmp_path / "cut", resume=True)[1], whole)
+
+
+@pytest.mark.parametrize("found", [b"", b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_named_before_the_run_starts(tmp_path, found):
+    (tmp_path / "checkpoint.pt").write_bytes(found)
+    with pytest.raises(UserError, match=r"cannot read .*checkpoint\.pt"):
+        start(tmp_path, "--resume")
+
+
+# ------------------------------------------------------------------------- before the first step
+def test_a_run_that_never_was_is_not_resumed(tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        start(tmp_path / "nowhere", "--resume")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_of_other_things_is_not_resumed(tmp_path):
+    (tmp_path / "latents").mkdir()
+    with pytest.raises(UserError, match="nothing to resume"):
+        start(tmp_path, "--resume")
+
+
+def test_a_run_that_was_stopped_in_its_preparation_is_resumed(tmp_path, capsys):
+    _, whole = run(tmp_path / "whole")
+    start(tmp_path / "cut")
+    start(tmp_path / "cut", "--resume")
+    assert "no checkpoint yet" in capsys.readouterr().out
+    assert equal(run(tmp_path / "cut", resume=True)[1], whole)
+
+
+# ----------------------------------------------------------------------------- what a run writes
+def test_what_to_do_with_the_weights_is_the_last_line(tmp_path, capsys):
+    config, tensors = TextConfig(), {"a": torch.ones(1)}
+    path = write_trained(tiny_run(tmp_path), "x", tensors, config, 1.0, then="sample.py --weights")
+    assert path == str(tmp_path / "x.safetensors")
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: python sample.py --weights {path}"
 
 
 # ------------------------------------------------------------------------------------ the configs
@@ -191,6 +462,12 @@ def test_results_stand_in_the_docs_where_their_marker_is(results):
 
 def test_results_are_kept_as_json(results):
     assert json.loads((results / "results" / "speed.json").read_text())["rows"] == {"a": 1}
+
+
+def test_results_that_do_not_fit_on_the_disk_leave_nothing(tmp_path):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*speed\.json"):
+        write_results(str(tmp_path / "speed"), {"rows": 3000 * "x"}, "")
+    assert not os.listdir(tmp_path)
 
 
 def test_results_that_cannot_be_written_are_named():
