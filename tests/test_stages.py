@@ -14,7 +14,7 @@ from model import DiT
 from nfd_teacher import ActionDiT
 from text import TextEncoder
 from vae import VAE
-from weights import WEIGHTS, load_model, shipped
+from weights import WEIGHTS, load_model, save_weights, shipped
 
 SMALL = ("--steps", "3", "--out", "out", "--batch-size", "1")
 NETWORKS = {
@@ -34,7 +34,7 @@ STAGES = [
     ("nfd_consistency.py --clips 2", ["player"]),
     ("ode_init.py --trajectories 16 --solver-steps 4", ["ode_init"]),
     ("dmd.py --clips 16", ["student"]),
-    ("dmd.py --clips 16 --rollout self --causal-scores", ["student"]),
+    ("dmd.py --clips 16 --rollout self --causal-scores --teacher causal.safetensors", ["student"]),
 ]
 
 
@@ -55,6 +55,9 @@ def config_of(name, folder):
 @pytest.mark.parametrize(("command", "names"), STAGES)
 def test_script_trains_and_writes_weights_log_and_sheet(command, names, command_line, tmp_path):
     script, *flags = command.split()
+    causal = load_model(DiT, shipped("teacher"))
+    origin = {"stage": "causal teacher"}
+    save_weights(str(tmp_path / "causal.safetensors"), causal.state_dict(), causal.config, **origin)
     run_script(" ".join([command, *SMALL]), tmp_path)
     files = {f"{name}.safetensors" for name in names}
     assert set(os.listdir("out")) == {"checkpoint.pt", "log.jsonl", "sheet.png"} | files
