@@ -32,8 +32,7 @@ def dmd_loss(x0_hat, real, fake, schedule, t, eps):
 
     The gradient is that of KL(p_fake || p_data) at time t:
     s_fake - s_real = alpha_t (x0_fake - x0_real) / sigma_t^2, weighted by sigma_t^2 / alpha_t and
-    by 1 / mean |x0_hat - x0_real| of each clip, which makes all t count alike; the loss is a mean
-    over elements.
+    by 1 / mean |x0_hat - x0_real| of each clip, which makes all t count alike.
     """
     with torch.no_grad():
         x_t = schedule.add_noise(x0_hat, eps, t)

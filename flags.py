@@ -21,7 +21,7 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         default = action.default
-        if default is None or default is False or default in (argparse.SUPPRESS, []):
+        if default is None or isinstance(default, bool) or default in (argparse.SUPPRESS, []):
             return action.help
         if "(" in action.help:
             return action.help

@@ -1,30 +1,34 @@
-"""Videos, images and lists of prompts from files, and videos into them.
-
-What cannot be read or written ends in a UserError of one line; what was there before stays.
-"""
+"""Videos, images and lists of prompts from files, and videos into them; else a UserError."""
 
 import contextlib
 import itertools
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
+from secrets import token_hex
 
+import imageio_ffmpeg
+import numpy as np
 import torch
-from torch.nn import functional as F
+from PIL import Image, ImageCms, ImageOps
 
 from data import FPS, SIZE
 from weights import UserError
 
 # ffmpeg's options by kind of file; a gif gets a palette of its own for each frame
 PALETTE = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none"
-MP4 = {"codec": "libx264", "quality": 9, "macro_block_size": 2}
-GIF = {"codec": "gif", "quality": None, "macro_block_size": 1, "pix_fmt_out": "pal8"}
-ENCODERS = {".mp4": MP4, ".gif": GIF | {"output_params": ["-vf", PALETTE]}}
+ENCODERS = {".mp4": "-c:v libx264 -crf 5 -pix_fmt yuv420p", ".gif": f"-vf {PALETTE}"}
+FORBIDDEN = '/\\:*?"<>|' if os.name == "nt" else "/"  # in a file's name
+CASELESS = sys.platform in ("win32", "darwin")  # names that differ only by case are one file
+ENDS = [getattr(signal, end) for end in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, end)]
 
 
 def fit(frame, size):
     """Resize a picture to cover a square and crop its middle: [3, size, size] in [-1, 1].
-    frame: an array [H, W] or [H, W, 1 to 4], 8 or 16 bits. What is transparent becomes black."""
+    frame: an array [H, W] or [H, W, 1 to 4], 8 or 16 bits or in [0, 1]; transparent is black."""
     white = {1: 255, 2: 65535}.get(frame.dtype.itemsize, 1)
     pixels = torch.atleast_3d(torch.from_numpy(frame.astype("float32") / white))
     if pixels.shape[-1] in (2, 4):
@@ -32,149 +36,215 @@ def fit(frame, size):
     pixels = pixels.expand(*pixels.shape[:2], 3).permute(2, 0, 1)
     scale = size / min(pixels.shape[1:])
     shape = [max(size, round(side * scale)) for side in pixels.shape[1:]]
-    pixels = F.interpolate(pixels[None], shape, mode="bilinear", antialias=True)[0] * 2 - 1
+    pixels = torch.nn.functional.interpolate(pixels[None], shape, mode="bilinear", antialias=True)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return pixels[:, top : top + size, left : left + size].clamp(-1, 1)
+    return (pixels[0, :, top : top + size, left : left + size] * 2 - 1).clamp(-1, 1)
 
 
 def read_image(path, size=SIZE):
-    """Read an image file: [1, 3, size, size] in [-1, 1]. Raises UserError."""
-    import imageio.v3 as iio
-
+    """Read an image file, or its first page: [1, 3, size, size] in [-1, 1]. Raises UserError."""
     try:
-        image = iio.imread(path, index=0)
-    except Exception as error:  # each of imageio's readers has its own
-        raise UserError(f"cannot read the image {path}: {_reason(error)}") from None
+        with Image.open(path) as file:
+            image = _pixels(file)
+    except Exception as error:  # each of Pillow's decoders has its own
+        raise UserError(f"cannot read the image {path!r}: {_reason(error)}; try another") from None
     if image.shape[:2] != (size, size):
         print(f"{path}: {image.shape[1]} x {image.shape[0]} resized and cropped to {size} x {size}")
     return fit(image, size)[None]
 
 
-def read_video(path, size=SIZE):
-    """Stream a video: (frames [3, size, size] in [-1, 1] at 16 frames/s, about how many)."""
-    import imageio.v2 as iio
+def _pixels(image):
+    """Decode a Pillow image, upright, for `fit`: more than 8 bits by the range that holds them."""
+    # of a PNG of 2, 4 or 48 bits Pillow makes 8 a channel, but not of its transparent colour
+    stored = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(stored)
+    unsigned = image.format == "TIFF" and image.tag_v2.get(339) != 2
+    image.load()
+    key = image.info.get("transparency")
+    if scale and key is not None:
+        scaled = np.multiply(key, scale).astype(int).tolist()
+        image.info["transparency"] = tuple(scaled) if isinstance(key, tuple) else scaled
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    if image.mode[0] not in "IF":
+        return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    values = np.asarray(image)
+    values = values.view("uint32") if unsigned and image.mode == "I" else values
+    grey = np.nan_to_num(values, posinf=0, neginf=0)
+    bits = {"float32": (1, 8, 16), "uint16": (16,)}.get(values.dtype.name, (8, 16, 31))
+    white = next((2**n - 1 for n in bits if grey.max() < 2**n), 2**32 - 1)
+    grey = (grey / white).clip(0, 1)
+    return grey if key is None else np.stack([grey, values != key], axis=-1)
 
+
+def read_video(path, size=SIZE):
+    """Stream a video: (frames [3, size, size] in [-1, 1] at 16 a second, about how many or None)"""
     try:
-        reader = iio.get_reader(path, "FFMPEG", output_params=["-vf", f"fps={FPS}"])
-        source = iter(reader)
-        first = next(source)
-    except Exception as error:
-        raise UserError(f"cannot read a video from {path}: {_reason(error)}") from None
-    about = reader.get_meta_data()
-    height, width = first.shape[:2]
-    if (height, width, about["fps"]) != (size, size, FPS):
-        found = f"{path}: {width} x {height} at {about['fps']:g} frames/s"
-        print(f"{found} resized and cropped to {size} x {size}, at {FPS}")
-    frames = (fit(frame, size) for frame in itertools.chain([first], source))
-    return frames, max(1, round(about["duration"] * FPS))
+        found, seconds, _ = _look(path)
+        frames = _decode(path, size)
+        first = next(frames)
+    except (OSError, ValueError, StopIteration) as error:
+        raise UserError(f"cannot read a video from {path!r}: {_reason(error)}") from None
+    if found != f"{size} x {size} at {FPS} frames/s":
+        print(f"{path}: {found} resized and cropped to {size} x {size}, at {FPS}")
+    return itertools.chain([first], frames), seconds and max(1, round(seconds * FPS))
+
+
+def _look(path):
+    """Go through a video undecoded: (size and rate in words, seconds if it tells, frames)."""
+    command = ["-i", f"file:{path}", "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "-"]
+    with _ffmpeg(command) as process:
+        packets, told = (text.decode(errors="replace") for text in process.communicate())
+    # a line for each frame: stream, time to decode, time to show, duration ...
+    times = re.findall(r"^0, *(-?\d+), *-?\d+, *(\d+),", packets, re.MULTILINE)
+    if not times:
+        failed = process.returncode != 0 and "matches no streams" not in told
+        raise OSError(told.strip().rpartition(": ")[2] if failed else "it holds no video")
+    (over, under), (width, height) = re.findall(r"^#(?:tb|dim\w+) 0: (\d+)[/x](\d+)", packets, re.M)
+    rate = re.search(r"([\d.]+) fps|$", told.rpartition("Output #0")[2])[1] or "unknown"
+    seconds = (int(times[-1][0]) - int(times[0][0]) + int(times[-1][1])) * int(over) / int(under)
+    seconds = None if "Duration: N/A" in told else seconds
+    return f"{width} x {height} at {rate} frames/s", seconds, len(times)
+
+
+def _decode(path, size):
+    """Decode a video to frames [3, size, size], which ffmpeg turns upright, scales and crops."""
+    cover = f"scale='max({size},round({size}*dar))':'max({size},round({size}/dar))'"
+    exact = "flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
+    steps = f"setpts=PTS-STARTPTS,fps={FPS},{cover}:{exact},format=rgba,crop={size}:{size}"
+    command = ["-i", f"file:{path}", "-map", "0:V:0", "-vf", steps, "-f", "rawvideo", "-"]
+    with _ffmpeg(["-v", "quiet", *command]) as process:
+        while len(frame := process.stdout.read(4 * size * size)) == 4 * size * size:
+            yield fit(np.frombuffer(frame, "uint8").reshape(size, size, 4), size)
+
+
+def _ffmpeg(command, stdin=subprocess.DEVNULL):
+    """Start ffmpeg, out of reach of Ctrl-C and of the terminal's end. Raises UserError."""
+    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # what Windows has for a session
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *command]
+        return subprocess.Popen(command, start_new_session=True, creationflags=group, **pipes)
+    except (OSError, RuntimeError) as error:
+        remedy = "pip install imageio-ffmpeg, and set no other by IMAGEIO_FFMPEG_EXE"
+        raise UserError(f"cannot start ffmpeg ({_reason(error)}); {remedy}") from None
 
 
 def _reason(error):
     """Say in one line what an exception is about."""
     lines = str(error).strip().splitlines() or ["it has no frames"]
-    return getattr(error, "strerror", None) or lines[0]
+    return getattr(error, "strerror", None) or re.sub(r"^\[.*?\] ", "", lines[0])  # [mp4 @ 0x12]
 
 
-class FrameWriter:
-    """Write about `total` frames to .mp4, .gif or a .png sheet of 16, all or nothing.
-    Raises UserError if that fails, on a full disk for example; what was at `path` before stays."""
+class FrameWriter(contextlib.AbstractContextManager):
+    """Write frames to .mp4, .gif or a .png sheet of 16, all or nothing: what was at `path` before
+    stays until then. total: about how many, if known. Raises UserError, as on a full disk."""
 
-    def __init__(self, path, total):
+    def __init__(self, path, total=None):
         self.path = path
-        self.total = total
         self.kind = os.path.splitext(path)[1].lower()
         folder, name = os.path.split(path)
-        self.temporary = os.path.join(folder, f".{name}.part{self.kind}")
-        self.sheet = []
+        self.temporary = os.path.join(folder, f".{name[:40]}.{token_hex(4)}.part{self.kind}")
+        self.encoder = None
         self.count = 0
-        self.writer = None
-
-    def __enter__(self):
-        return self
+        self.whole = False
+        self.kept = {}  # for a sheet: some of the frames by their number
+        self.planned = set(np.linspace(0, (total or 1) - 1, 16).round())
 
     def write(self, video):
         """Append video [F, 3, H, W] in [-1, 1]."""
+        frames = to_uint8(video)
+        self.count += len(frames)
         if self.kind == ".png":
-            picked = {round(i * (self.total - 1) / 15) for i in range(16)}
-            self.sheet += [v.cpu() for i, v in enumerate(video, self.count) if i in picked]
+            self._keep(frames)
         else:
-            self._encode(to_uint8(video))
-        self.count += len(video)
+            self._encode(frames)
+
+    def _keep(self, frames):
+        """Keep the planned frames and all others or, if over 256, one in 2, 4, 8 ... of them."""
+        self.kept |= enumerate(map(torch.clone, frames), self.count - len(frames))
+        stride = 1
+        while len(self.kept) > 256:
+            stride *= 2
+            self.kept = {n: f for n, f in self.kept.items() if n % stride == 0 or n in self.planned}
 
     def _encode(self, frames):
         """Feed frames to ffmpeg one by one: the file grows as the video is made."""
-        import imageio_ffmpeg
-
+        if self.encoder is None:
+            size = f"{frames.shape[2]}x{frames.shape[1]}"
+            source = f"-v error -f rawvideo -pix_fmt rgb24 -s {size} -r {FPS} -i -"
+            command = f"{source} {ENCODERS[self.kind]}".split()
+            self.encoder = _ffmpeg([*command, f"file:{self.temporary}"], stdin=subprocess.PIPE)
         try:
-            if self.writer is None:
-                size = (frames.shape[2], frames.shape[1])
-                options = {"fps": FPS, "ffmpeg_log_level": "quiet", **ENCODERS[self.kind]}
-                self.writer = imageio_ffmpeg.write_frames(self.temporary, size, **options)
-                self.writer.send(None)
             for frame in frames:
-                self.writer.send(frame.numpy().tobytes())
+                self.encoder.stdin.write(frame.numpy().tobytes())
         except OSError:  # ffmpeg is gone
-            reason = "the video's encoder gave up; is the disk full?"
-            raise UserError(f"cannot write {self.path}: {reason}") from None
+            self.finish()
+
+    def finish(self):
+        """Complete the file and move it to its path; if only the move fails, keep it."""
+        try:
+            if self.count == 0:
+                raise OSError("no frame of it was made")
+            if self.kind == ".png":
+                ideal = np.linspace(0, self.count - 1, 16).round()
+                picked = [min(self.kept, key=lambda n: abs(n - at)) for at in ideal]
+                rows = torch.stack([self.kept[n] for n in picked]).unflatten(0, (2, 8))
+                save_sheet(rows.movedim(-1, -3) / 127.5 - 1, self.temporary)
+            else:
+                told = self.encoder.communicate()[1].decode(errors="replace").splitlines()
+                if self.encoder.returncode != 0 or _look(self.temporary)[2] != self.count:
+                    raise OSError(told[-1] if told else "it was cut short; is the disk full?")
+            self.whole = True
+            os.replace(self.temporary, self.path)
+        except OSError as error:
+            kept = f"; the whole video is in {self.temporary}" if self.whole else ""
+            raise UserError(f"cannot write {self.path}: {_reason(error)}{kept}") from None
 
     def __exit__(self, error, *_):
         try:
-            if self.writer is not None:
-                self.writer.close()
-            if error is None and self.kind == ".png":
-                rows = torch.stack(self.sheet)
-                rows = rows.unflatten(0, (-1, 8)) if len(rows) % 8 == 0 else rows[None]
-                save_sheet(rows, self.temporary, columns=16)
-            elif error is None:
-                self._check()
-            if error is None:
-                os.replace(self.temporary, self.path)
-        except OSError as failure:
-            if error is None:
-                raise UserError(f"cannot write {self.path}: {_reason(failure)}") from None
+            if error is None and not self.whole:
+                self.finish()
         finally:
-            for name in (self.temporary, self.temporary + ".tmp.png"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(name)
-
-    def _check(self):
-        """Raise OSError if the file lacks frames, which ffmpeg does not report on a full disk."""
-        import imageio_ffmpeg
-
-        with contextlib.suppress(RuntimeError):
-            if imageio_ffmpeg.count_frames_and_secs(self.temporary)[0] == self.count:
-                return
-        raise OSError("the file was cut short; is the disk full?")
+            if self.encoder is not None:
+                self.encoder.kill()
+                self.encoder.wait()
+            if not self.whole:
+                with contextlib.suppress(OSError):
+                    os.remove(self.temporary)
 
 
 def read_prompts(path):
     """Read the prompts of a file, one a line and each once. Raises UserError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {path}: {_reason(error)}") from None
+    prompts = {}  # by the name of their file
     for number, line in enumerate(lines, 1):
-        if set(line) & set("/\0") or len(os.fsencode(line)) > 230:
-            reason = "a prompt names its file, which cannot hold a / or more than 230 bytes"
-            raise UserError(f"{path}, line {number}: {reason}")
-    prompts = list(dict.fromkeys(line for line in lines if line))
+        if set(line) & {*FORBIDDEN, "\0"} or len(os.fsencode(line)) > 230:
+            problem = f"a prompt names its file: no {FORBIDDEN} and at most 230 bytes"
+            raise UserError(f"{path}, line {number}: {problem}")
+        if prompts.setdefault(line.lower() if CASELESS else line, line) != line:
+            raise UserError(f"{path}, line {number}: a line above it differs only by case")
+    prompts.pop("", None)
     if not prompts:
         raise UserError(f"there is no prompt in {path}")
-    return prompts
+    return list(prompts.values())
 
 
 def save_sheet(video, path, columns=8):
     """Write a sheet: each clip of video [B, F, 3, H, W] in [-1, 1] is a row of `columns` frames."""
-    import imageio.v3 as iio
-
     frames = torch.linspace(0, video.shape[1] - 1, min(columns, video.shape[1])).round().long()
     rows = to_uint8(video[:, frames])  # [B, F, H, W, 3]
     B, F, H, W, _ = rows.shape
     sheet = rows.new_full((B, H + 2, F, W + 2, 3), 255)
     sheet[:, :H, :, :W] = rows.transpose(1, 2)
     temporary = f"{path}.tmp.png"
-    iio.imwrite(temporary, sheet.reshape(B * (H + 2), F * (W + 2), 3).numpy())
+    Image.fromarray(sheet.reshape(B * (H + 2), F * (W + 2), 3).numpy()).save(temporary)
     os.replace(temporary, path)
 
 
@@ -185,29 +255,34 @@ def to_uint8(video):
 
 def check_out(path):
     """Raise UserError if `path` is no file that a video can be written to."""
-    if os.path.splitext(path)[1].lower() not in (".mp4", ".gif", ".png"):
+    folder, name = os.path.split(path)
+    if os.path.splitext(name)[1].lower() not in (*ENCODERS, ".png"):
         raise UserError(f"--out {path} must end in .mp4, .gif or .png")
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: {folder} is not a folder that can be written to")
+    writable = os.path.isdir(folder or ".") and os.access(folder or ".", os.W_OK)
+    if not writable or os.path.isdir(path) or len(os.fsencode(name)) > 255:
+        problem = "it must be a file, of 255 bytes at most, in a folder that can be written to"
+        raise UserError(f"cannot write {path}: {problem}")
 
 
 def until_interrupted(chunks):
-    """Pass on the chunks of a stream until Ctrl-C, which lets the chunk in progress end."""
-    stop = []
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    """Pass on a stream's chunks until Ctrl-C, SIGTERM or SIGHUP; the chunk in progress is last."""
+    stop, before = [], {}
+    heeded = [end for end in ENDS if signal.getsignal(end) is not signal.SIG_IGN]  # but for nohup
+    with contextlib.suppress(ValueError):  # outside the main thread
+        before = {end: signal.signal(end, lambda *_: stop.append(True)) for end in heeded}
     try:
         for chunk in chunks:
             yield chunk
             if stop:
                 return
     finally:
-        signal.signal(signal.SIGINT, before)
+        for end, was in before.items():
+            signal.signal(end, was)
 
 
 def write_videos(chunks, paths, frames, total, bar):
     """Write the videos of a stream to a path each: `frames` of each or, if None, to its end.
-    total: about how many they will be. -> (frames of each, time of the first)."""
+    total: about how many they will be, or None. -> (frames of each, time of the first)."""
     first = None
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(FrameWriter(path, total)) for path in paths]
@@ -220,4 +295,6 @@ def write_videos(chunks, paths, frames, total, bar):
             bar.update(len(writers) * video.shape[1])
             if writers[0].count == frames:
                 break
+        for writer in writers:  # each of them, even if another fails
+            stack.callback(writer.finish)
     return writers[0].count, first

@@ -1,11 +1,14 @@
 """A page to play on (Next-Frame Diffusion) and to steer the text model: a server on localhost."""
 
+import contextlib
 import functools
-import itertools
 import json
 import os
+import re
 import threading
 import time
+import traceback
+import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import imageio.v3 as iio
 import torch
 
-from data import FPS
+from data import BACKGROUNDS, COLOURS, FPS, MOTIONS, SHAPES
 from diffusion import noise_source
 from media import to_uint8
 from model import DiT
@@ -23,76 +26,171 @@ from text import TextEncoder
 from vae import VAE
 from weights import ROOT, UserError, load_model, shipped
 
+AHEAD = 12  # frames that wait to be shown, at most: a chunk of the text model
+KNOWN = {"colours": COLOURS, "shapes": SHAPES, "backgrounds": BACKGROUNDS, "motions": MOTIONS}
+
+
+class Changed(Exception):
+    """The frames in the making are no longer wanted."""
+
 
 @dataclass
 class Show:
-    """Make the frames that every open tab sees, in a thread of its own, while somebody watches."""
+    """The frames that every open tab sees: one thread makes them, and a few wait until another
+    shows them, one a frame time, while somebody watches. At a new action the next frame stays as it
+    is; those after it are taken back, and the making of more stops at the model's next pass."""
 
-    player: Callable  # player(looks) -> Player
-    streamed: Callable  # streamed(prompt) -> iterator of frames [3, H, W]; prompt() -> str
+    player: Callable  # player(looks, seed) -> Player
+    streamed: Callable  # streamed(prompt, seed) -> iterator of frames [3, H, W]; prompt() -> str
+    looks: str = LOOKS
+    seed: int = 0  # of the first world; the next has the next
     fps: float = FPS
     mode: str = "play"  # or "text"
     action: str = "none"
-    looks: str = LOOKS
     prompt: str = PROMPT
-    image: bytes = b""  # the newest frame, as a JPEG
-    number: int = 0  # of frames made
-    viewers: int = 0
-    cost: float = 0.1  # seconds a frame, a running mean
+    paused: bool = False
+    error: str = ""  # what ended the world; a wish begins the next
+    worlds: int = 0  # begun
+    stale: str = ""  # not "" when what is made is not wanted, but another "action" or "world" is
+    waiting: list = field(default_factory=list)  # (image, mark) of frames to be shown
+    image: bytes = b""  # the frame that is shown, as a PNG
+    mark: dict | None = None  # of the player, after the frame that is shown
+    number: int = 0  # of frames shown
+    asked: float = float("-inf")  # when a tab last asked for a frame
+    cost: float = 0.1  # seconds to make a frame, a running mean
     kept: float = 100.0  # percentage of the frames made that were not dropped
-    fresh: bool = False  # whether to begin again with new looks
     changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def frames(self):
-        """Yield frame after frame of what the visitors ask for."""
-        while True:
-            self.fresh = False
-            if self.mode == "play":
-                player = self.player(self.looks)
-                while self.mode == "play" and not self.fresh:
-                    yield player.step(NAMES.index(self.action))
-                    self.kept = 100 * (1 - player.dropped / player.made)
-            else:
-                frames = self.streamed(lambda: self.prompt)
-                yield from itertools.takewhile(lambda _: self.mode == "text", frames)
+    def start(self):
+        for target in (self.make, self.pace):
+            threading.Thread(target=target, daemon=True).start()
 
-    def run(self):
-        """Make frames for ever, at most `fps` a second."""
-        frames = self.frames()
+    def make(self):
+        """Make frames for ever; an error ends a world and is shown."""
+        while True:
+            started = time.perf_counter()
+            try:
+                for frame, mark in self.frames():
+                    image = iio.imwrite("<bytes>", to_uint8(frame).numpy(), extension=".png")
+                    self.cost += 0.05 * (time.perf_counter() - started - self.cost)
+                    self.put(image, mark)
+                    started = time.perf_counter()
+            except Exception as error:
+                traceback.print_exc()
+                self.error = f"{type(error).__name__}: {error}"
+            with self.changed:
+                self.changed.wait_for(lambda: not self.error)
+
+    def frames(self):
+        """Yield the frames of a world, each with the mark to return to it, if that can be."""
+        with self.changed:
+            self.stale = ""
+            self.waiting.clear()
+            seed = self.seed + self.worlds
+            self.worlds += 1
+        if self.mode == "play":
+            yield from self.played(self.player(self.looks, seed))
+        else:
+            for frame in self.streamed(lambda: self.prompt, seed):
+                yield frame, None
+                if self.stale:
+                    return
+
+    def played(self, player):
+        """Yield the frames of a world to play in, each with its mark."""
+        self.mark = player.mark()
+        held = 0  # frames made since the action changed
+        with player.model.register_forward_pre_hook(self.check):
+            while self.stale != "world":
+                with self.changed:
+                    if self.stale == "action":
+                        player.back(self.waiting[-1][1] if self.waiting else self.mark)
+                        self.stale, held = "", 0
+                try:  # small blocks first: the new action shows soon
+                    frame = player.step(NAMES.index(self.action), most=1 + held)
+                except Changed:
+                    continue
+                self.kept = 100 * (1 - player.dropped / player.made)
+                held += 1
+                yield frame, player.mark()
+
+    def check(self, *_):
+        """Give up, before a pass of the model, what is no longer wanted."""
+        if self.stale:
+            raise Changed
+
+    def put(self, image, mark):
+        """Let a frame wait to be shown, if it is still wanted, until there is room for another."""
+        with self.changed:
+            if not self.stale:
+                self.waiting.append((image, mark))
+                self.changed.notify_all()
+            self.changed.wait_for(lambda: self.stale or len(self.waiting) < AHEAD)
+
+    def pace(self):
+        """Show the frames that wait, `fps` a second, while somebody watches."""
         due = 0.0
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.viewers)
-            started = time.perf_counter()
-            frame = to_uint8(next(frames))
-            frame = frame.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
-            image = iio.imwrite("<bytes>", frame, extension=".jpg", quality=95)
-            self.cost += 0.05 * (time.perf_counter() - started - self.cost)
-            time.sleep(max(0.0, due - time.perf_counter()))
-            due = max(due, time.perf_counter() - 1 / self.fps) + 1 / self.fps
-            with self.changed:
-                self.image, self.number = image, self.number + 1
+                self.changed.wait_for(self.ready)
+                self.image, self.mark = self.waiting.pop(0)
+                self.number += 1
                 self.changed.notify_all()
+            # a frame that was late makes the next wait less, by half a frame time at most
+            due = max(due, time.perf_counter() - 0.5 / self.fps) + 1 / self.fps
+            time.sleep(max(0.0, due - time.perf_counter()))
+
+    def ready(self):
+        return self.waiting and not self.paused and time.monotonic() - self.asked < 2
+
+    def newest(self, after):
+        """Wait a second at most for another frame than number `after`: (number, image)."""
+        with self.changed:
+            self.asked = time.monotonic()
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.number != after, timeout=1)
+            return self.number, self.image
 
     def steer(self, wish):
-        """Obey {"action": name}, {"looks": text} or {"prompt": text}; else raise ValueError."""
+        """Obey {"action": name}, {"looks": text}, {"prompt": text} or {"paused": true or false};
+        else raise ValueError."""
         single = isinstance(wish, dict) and len(wish) == 1
         kind, value = next(iter(wish.items())) if single else (None, None)
-        worded = isinstance(value, str) and 0 < len(value.strip()) <= 200
-        if kind == "action" and value in NAMES:
-            self.action = value
-        elif kind in ("looks", "prompt") and worded:
-            setattr(self, kind, value)
-            self.mode = {"looks": "play", "prompt": "text"}[kind]
-            self.fresh = kind == "looks"
-        else:
-            names = ", ".join(NAMES)
-            raise ValueError(f"one of action ({names}), looks and prompt, as a JSON object")
+        # half a surrogate pair, which JSON can hold, is a ValueError here
+        worded = isinstance(value, str) and 0 < len(value.strip().encode()) <= 200
+        with self.changed:
+            if kind == "action" and value in NAMES:
+                self.turn(value)
+            elif kind in ("looks", "prompt") and worded:
+                self.begin(kind, value)
+            elif kind == "paused" and isinstance(value, bool):
+                self.paused = value
+            else:
+                raise ValueError(f"one of action ({', '.join(NAMES)}), looks, prompt and paused")
+            self.error = ""
+            self.changed.notify_all()
+
+    def turn(self, action):
+        """Lead to the frames after the next by another action."""
+        if self.mode == "play" and action != self.action:
+            self.stale = self.stale or "action"
+            del self.waiting[1:]
+        self.action = action
+
+    def begin(self, kind, text):
+        """Begin another world; a prompt in text mode steers the one that runs."""
+        if kind == "looks" or self.mode == "play":
+            self.stale = "world"
+            self.waiting.clear()
+        self.mode = {"looks": "play", "prompt": "text"}[kind]
+        self.paused = False
+        setattr(self, kind, text)
 
     def state(self):
-        state = {name: getattr(self, name) for name in ("mode", "action", "looks", "prompt")}
+        names = ("mode", "action", "looks", "prompt", "paused", "error", "number")
         rates = {"frames/s": round(1 / self.cost, 1), "guesses kept, %": round(self.kept, 1)}
-        return state | {"frame": self.number} | rates
+        words = {kind: list(table) for kind, table in KNOWN.items()}
+        return {name: getattr(self, name) for name in names} | rates | {"words": words}
 
 
 def handler(show):
@@ -100,68 +198,65 @@ def handler(show):
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 30
+        protocol_version = "HTTP/1.1"  # a tab asks for all its frames on one connection
+        disable_nagle_algorithm = True
 
-        def answer(self, status, kind, body):
+        def handle(self):
+            with contextlib.suppress(ConnectionError):  # the tab was closed
+                super().handle()
+
+        def answer(self, status, body, kind="text/plain; charset=utf-8", **headers):
+            headers |= {"Content-Type": kind, "Content-Length": len(body)}
+            if status >= 400:  # the request may have a body that was not read
+                headers["Connection"] = "close"
             self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
-        def local(self):
-            """Answer 403 unless Host is this machine: another site's page must not steer ours."""
-            local = self.headers.get("Host", "").rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
+        def refused(self):
+            """Refuse other sites' pages, which may link to this page and no more."""
+            host, post = self.headers.get("Host", ""), self.command == "POST"
+            local = host.rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
+            if post or self.path.partition("?")[0] != "/":
+                local &= self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+                local &= self.headers.get("Sec-Fetch-Site", "none") in ("same-origin", "none")
+            typed = self.headers.get_content_type() == "application/json"
             if not local:
-                self.answer(403, "text/plain", b"ask for 127.0.0.1")
-            return local
+                self.answer(403, b"ask for 127.0.0.1, from its own page")
+            elif post and not typed:
+                self.answer(415, b"a wish is application/json")
+            return not local or (post and not typed)
 
         def do_GET(self):
-            if not self.local():
+            if self.refused():
                 return
-            if self.path == "/":
+            if self.path.partition("?")[0] == "/":
                 with open(os.path.join(ROOT, "page.html"), "rb") as file:
-                    self.answer(200, "text/html; charset=utf-8", file.read())
+                    self.answer(200, file.read(), "text/html; charset=utf-8")
             elif self.path == "/state":
-                self.answer(200, "application/json", json.dumps(show.state()).encode())
-            elif self.path == "/frames":
-                self.frames()
+                self.answer(200, json.dumps(show.state()).encode(), "application/json")
+            elif asked := re.fullmatch(r"/frame\?after=(\d{1,18})", self.path):
+                number, image = show.newest(int(asked[1]))
+                self.answer(200, image, "image/png", **{"X-Frame": number})
             else:
-                self.answer(404, "text/plain", b"there is only / here")
+                self.answer(404, b"there is only / here")
 
-        def frames(self):
-            """Send frames as one endless multipart image, until the tab is closed."""
-            self.send_response(200)
-            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
-            self.end_headers()
-            head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
-            with show.changed:
-                show.viewers += 1
-                show.changed.notify_all()
-            seen = 0
-            try:
-                while True:
-                    with show.changed:
-                        while show.number <= seen:
-                            show.changed.wait()
-                        image, seen = show.image, show.number
-                    self.wfile.write(head % (len(image), image))
-            except OSError:  # the tab was closed
-                pass
-            finally:
-                with show.changed:
-                    show.viewers -= 1
+        do_HEAD = do_GET
 
         def do_POST(self):
-            if not self.local():
+            if self.refused():
                 return
             try:
                 length = int(self.headers.get("Content-Length", ""))
                 if self.path != "/steer" or not 0 < length < 2000:
                     raise ValueError("POST a wish of less than 2000 bytes to /steer")
                 show.steer(json.loads(self.rfile.read(length)))
-                self.answer(200, "application/json", b"{}")
-            except ValueError as error:  # not a number, not JSON, not UTF-8, not a wish
-                self.answer(400, "text/plain; charset=utf-8", str(error).encode())
+                self.answer(200, b"{}", "application/json")
+            except (ValueError, RecursionError) as error:  # no number, JSON, UTF-8, or wish
+                self.answer(400, str(error).encode(errors="replace"))
 
         def log_message(self, *_):
             pass
@@ -169,10 +264,10 @@ def handler(show):
     return Handler
 
 
-def stream_text(student, vae, encoder, prompt):
+def stream_text(student, vae, encoder, prompt, seed=0):
     """Stream frames [3, H, W] of the text model; prompt() says what they show from now on."""
     shape = chunk_shape(student, vae, 1)
-    noise = noise_source(torch.Generator().manual_seed(0), student.head.head.weight.device)
+    noise = noise_source(torch.Generator().manual_seed(seed), student.head.head.weight.device)
     starts = from_noise(noise, shape, student.schedule.timesteps(student.config.steps))
 
     @functools.lru_cache(8)
@@ -185,19 +280,21 @@ def stream_text(student, vae, encoder, prompt):
         yield from video[0]
 
 
-def serve(player, device, dtype, port):
-    """Open the page on localhost, and run until Ctrl-C. player(looks) -> Player."""
+def serve(player, device, dtype, port, looks=LOOKS, seed=0, browser=True):
+    """Serve the page on localhost until Ctrl-C, and open it. player(looks, seed) -> Player."""
     student = load_model(DiT, shipped("student"), device).to(dtype)
     vae = load_model(VAE, shipped("vae"), device).to(dtype)
     encoder = load_model(TextEncoder, shipped("text_encoder"), device)
-    show = Show(player, functools.partial(stream_text, student, vae, encoder))
+    show = Show(player, functools.partial(stream_text, student, vae, encoder), looks, seed)
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), handler(show))
     except OSError as error:
-        raise UserError(
-            f"cannot open port {port}: {error.strerror}; choose another with --port"
-        ) from None
+        reason = f"cannot open port {port}: {error.strerror}"
+        raise UserError(f"{reason}; choose another with --port") from None
     server.daemon_threads = True
-    threading.Thread(target=show.run, daemon=True).start()
-    print(f"play at http://127.0.0.1:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)
+    show.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    print(f"play at {url}  (Ctrl-C ends it)", flush=True)
+    if browser:  # in a thread: a browser in the terminal would block
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     server.serve_forever()

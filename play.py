@@ -4,6 +4,7 @@ python play.py                                                      a page on lo
 python play.py --actions right*20,up*10,none*5 --out play.mp4       plays a script
 """
 
+import copy
 import time
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 import flags
 import weights
 from data import SIZE
-from media import FrameWriter, check_out
+from media import FrameWriter, check_out, until_interrupted
 from nfd_teacher import ActionDiT
 from nfd_world import ACTIONS
 from sample import chunk_shape, denoise_chunk, remember_chunk
@@ -31,7 +32,8 @@ class Player:
     denoised in parallel under the present one, and shown while the actions that come are what was
     guessed. At the first that differs the rest is dropped; the cache, which takes frames in only
     after they were shown, and the random state are then as if they had never been made. N follows
-    how often an action stays. most=1: no speculation.
+    how often an action stays. most=1: no speculation. A viewer who is behind the player can also
+    take back frames that were stepped to: what a `mark` holds is replaced, never changed in place.
     """
 
     @torch.no_grad()
@@ -47,21 +49,38 @@ class Player:
         self.shown = []  # (latent, action) of frames that are not yet in the cache
         self.ahead = []  # (latent, random state after it) of frames that are not yet shown
         self.random, self.decoder_state = generator.get_state(), {}
-        self.blocks = self.made = self.dropped = 0
+        self.blocks = self.made = self.stepped = 0
+
+    @property
+    def dropped(self):
+        """How many of the frames made were in vain."""
+        return self.made - self.stepped - len(self.ahead)
 
     @torch.no_grad()
-    def step(self, action):
-        """Make the frame [3, H, W] that an action (an index into ACTIONS) leads to."""
+    def step(self, action, most=None):
+        """Make the frame [3, H, W] that an action (an index into ACTIONS) leads to.
+        most: of a block that begins here, to have it sooner (None: the player's own)."""
         if action != self.action:
             self._drop()
         self.holds += 0.1 * ((action == self.action) - self.holds)
         self.action = action
         if not self.ahead:
             self._remember()
-            self._make(self.guesses())
-        x0, self.random = self.ahead.pop(0)
-        self.shown.append((x0, action))
+            self._make(min(self.guesses(), most or self.most))
+        (x0, self.random), *self.ahead = self.ahead
+        self.shown = [*self.shown, (x0, action)]
+        self.stepped += 1
+        self.decoder_state = dict(self.decoder_state)
         return self.vae.decode(x0, self.decoder_state)[0, 0]
+
+    def mark(self):
+        """Note where the world is now, for `back`."""
+        return dict(vars(self))
+
+    def back(self, mark):
+        """Return to a mark: the frames made since are dropped as if they had never been made."""
+        vars(self).update(mark, made=self.made, blocks=self.blocks)  # these count all work
+        self._drop()
 
     def guesses(self):
         """Choose N, the frames of a block: what keeps the most frames for its cost.
@@ -93,12 +112,12 @@ class Player:
         if self.shown:
             x0, actions = zip(*self.shown, strict=True)
             actions = torch.tensor([actions], device=x0[0].device)
+            self.cache = copy.deepcopy(self.cache)
             remember_chunk(self.model, torch.cat(x0, dim=1), (self.keys, actions), self.cache)
             self.shown = []
 
     def _drop(self):
         """Forget what was made ahead: the guess was wrong."""
-        self.dropped += len(self.ahead)
         self.ahead = []
         self.generator.set_state(self.random)
 
@@ -134,6 +153,8 @@ def main():
     told = "frames made ahead at most; 1: no speculative sampling"
     add("--ahead", type=flags.whole(1, 1000), default=8, help=told)
     add("--port", type=flags.whole(0, 65535), default=8000, help="of the page")
+    told = "do not open the page in a browser"
+    add("--no-browser", dest="browser", action="store_false", help=told)
     told = "weights of the transformer"
     add("--weights", default=shipped("player"), type=flags.source, help=told)
     flags.codec_flags(parser)
@@ -149,22 +170,23 @@ def main():
     weights.check_fit(model, vae, encoder)
     flags.say_what_is_unknown([args.looks], encoder.config.words)
 
-    def player(looks):
-        generator = torch.Generator().manual_seed(args.seed)
+    def player(looks, seed):
+        generator = torch.Generator().manual_seed(seed)
         return Player(model, vae, encoder([looks]), generator, args.steps, args.ahead)
 
     if actions is None:
         import page
 
-        page.serve(player, device, dtype, args.port)
+        page.serve(player, device, dtype, args.port, args.looks, args.seed, args.browser)
         return
-    world, started = player(args.looks), time.perf_counter()
+    world, started = player(args.looks, args.seed), time.perf_counter()
     with FrameWriter(args.out, len(actions)) as writer:
-        for action in tqdm(actions, unit="frame", desc="playing"):
+        script = until_interrupted(actions)
+        for action in tqdm(script, total=len(actions), unit="frame", desc="playing"):
             writer.write(world.step(action)[None].float().cpu())
-    rate = len(actions) / (time.perf_counter() - started)
+    rate = writer.count / (time.perf_counter() - started)
     print(
-        f"wrote {args.out}: {len(actions)} frames, {rate:.1f} frames/s; "
+        f"wrote {args.out}: {writer.count} frames, {rate:.1f} frames/s; "
         f"{world.made} made in {world.blocks} blocks, {world.dropped} dropped"
     )
 

@@ -252,7 +252,7 @@ def main():
         starts = itertools.chain(from_image(image, vae), starts)
     if args.video:
         source, length = read_video(args.video)
-        total = min(total or length, length)
+        total = min((n for n in (total, length) if n is not None), default=None)
         times = model.schedule.timesteps(steps, 0.7 if args.strength is None else args.strength)
         parts = pieces(source, model.config.chunk, vae.config.time_stride)
         starts = from_video(parts, vae, noise, shape, times, model.schedule)
@@ -270,6 +270,8 @@ def main():
     spent, wait = time.perf_counter() - started, 1000 * (first - started)
     speed = f"first frame after {wait:.0f} ms, {count / spent:.1f} frames/s"
     print(f"wrote {args.out}: {count} frames of {SIZE} x {SIZE}; {speed}")
+    if args.video and args.frames and count < args.frames:
+        print(f"--video has no more: {count / FPS:g} of {args.seconds:g} seconds")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
+import contextlib
 import http.client
 import itertools
 import json
+import os
+import re
 import socket
+import subprocess
 import threading
 import time
 from http.server import ThreadingHTTPServer
@@ -11,34 +15,56 @@ import pytest
 import torch
 from conftest import generator, tiny_action_model, tiny_model, tiny_text, tiny_vae
 
+import page as server
 import play
-from page import Show, handler, stream_text
-from play import Player
+from data import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
+from media import to_uint8
+from page import AHEAD, Show, handler, stream_text
+from play import NAMES, Player
 from sample import text_to_video
 from text import TextEncoder
 
 
-def player(looks):
-    return Player(tiny_action_model(), tiny_vae(1), tiny_text(looks), generator(), most=4)
+class Noted(Player):
+    """A player whose marks hold the actions that led to the world so far."""
+
+    actions = ()
+
+    def step(self, action, most=None):
+        frame = super().step(action, most)
+        self.actions = (*self.actions, action)
+        return frame
 
 
-def plain_frames(prompt):
+def player(looks, seed, most=4):
+    model = tiny_action_model(num_layers=2, window=3).requires_grad_(False).double()
+    text = tiny_text(looks).double()
+    return Noted(model, tiny_vae(1).double(), text, generator(seed), most=most)
+
+
+def plain_frames(prompt, seed):
     """Frames that are as bright as the prompt is long."""
     while True:
         yield torch.full((3, 64, 64), 0.01 * len(prompt()))
 
 
+@contextlib.contextmanager
+def running(show):
+    """Run a page on a free port: (its port, its Show)."""
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler(show))
+    httpd.daemon_threads = True
+    show.start()
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield httpd.server_address[1], show
+    show.paused = True
+    httpd.shutdown()
+    httpd.server_close()
+
+
 @pytest.fixture
 def page():
-    """A running page on a free port: (its port, its Show)."""
-    show = Show(player, plain_frames, fps=200)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(show))
-    server.daemon_threads = True
-    for target in (show.run, server.serve_forever):
-        threading.Thread(target=target, daemon=True).start()
-    yield server.server_address[1], show
-    server.shutdown()
-    server.server_close()
+    with running(Show(player, plain_frames, fps=200)) as ends:
+        yield ends
 
 
 def ask(port, method, path, body=None, **headers):
@@ -49,18 +75,33 @@ def ask(port, method, path, body=None, **headers):
     return answer.status, answer.read()
 
 
-def steer(port, **wish):
-    assert ask(port, "POST", "/steer", json.dumps(wish))[0] == 200
+def wish(port, body, **headers):
+    """-> the status that a wish is answered with."""
+    headers = {"Content-Type": "application/json"} | headers
+    return ask(port, "POST", "/steer", body, **headers)[0]
+
+
+def steer(port, **wished):
+    assert wish(port, json.dumps(wished)) == 200
+
+
+def state(port):
+    return json.loads(ask(port, "GET", "/state")[1])
 
 
 def watch(port, frames):
-    """Open the endless image, as a tab does, take some frames and close it."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as tab:
-        tab.sendall(b"GET /frames HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        got = b""
-        while got.count(b"--frame") <= frames:
-            got += tab.recv(65536)
-    return got
+    """Look at some frames, as a tab does: {number: PNG}."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    seen, number, end = {}, 0, time.time() + 20
+    while len(seen) < frames and time.time() < end:
+        connection.request("GET", f"/frame?after={number}")
+        answer = connection.getresponse()
+        image, last = answer.read(), number
+        number = int(answer.headers["X-Frame"])
+        if number != last:
+            seen[number] = image
+    assert len(seen) == frames
+    return seen
 
 
 def until(condition):
@@ -71,15 +112,32 @@ def until(condition):
 
 
 # -------------------------------------------------------------------------------- what is served
-def test_the_page_has_an_image(page):
-    status, content = ask(page[0], "GET", "/")
+@pytest.mark.parametrize("path", ["/", "/?x=1"])
+def test_the_page_has_a_picture(page, path):
+    status, content = ask(page[0], "GET", path)
     assert status == 200
-    assert b"<img" in content
+    assert b"<canvas" in content
 
 
-def test_the_page_shows_its_frames_as_jpeg_pictures(page):
-    jpeg = watch(page[0], 2).split(b"\r\n\r\n")[2].split(b"\r\n--frame")[0]
-    assert iio.imread(jpeg, extension=".jpg").shape == (256, 256, 3)
+def test_the_page_fits_narrow_screens(page):
+    assert b'<meta name="viewport" content="width=device-width' in ask(page[0], "GET", "/")[1]
+
+
+def test_head_is_answered_without_a_body(page):
+    assert ask(page[0], "HEAD", "/") == (200, b"")
+
+
+def test_the_page_shows_its_frames_as_pictures(page):
+    for image in watch(page[0], 2).values():
+        assert iio.imread(image, extension=".png").shape == (64, 64, 3)
+
+
+def test_a_request_for_a_newer_frame_ends_without_one(page):
+    port, show = page
+    watch(port, 1)
+    show.paused = True
+    assert until(lambda: show.number == show.newest(show.number)[0])
+    assert ask(port, "GET", f"/frame?after={show.number}") == (200, show.image)
 
 
 def test_the_page_takes_actions(page):
@@ -92,21 +150,56 @@ def test_a_prompt_steers_the_text_model(page):
     port, _ = page
     steer(port, prompt="a blue star")
     watch(port, 5)
-    state = json.loads(ask(port, "GET", "/state")[1])
-    assert (state["mode"], state["prompt"]) == ("text", "a blue star")
-    assert state["frame"] >= 5
+    now = state(port)
+    assert (now["mode"], now["prompt"]) == ("text", "a blue star")
+    assert now["number"] >= 5
+
+
+def test_an_action_drops_no_frame_of_the_text_model():
+    counts = itertools.count()
+
+    def counted(prompt, seed):
+        for number in counts:
+            yield torch.full((3, 64, 64), number / 127.5 - 1)
+
+    with running(Show(None, counted, fps=200, mode="text")) as (port, _):
+        shown = watch(port, 3)
+        steer(port, action="up")
+        shown |= watch(port, 10)
+    for number, image in shown.items():
+        assert (iio.imread(image, extension=".png") == number - 1).all()
 
 
 def test_new_looks_begin_a_new_world_to_play_in(page):
-    port, show = page
+    port, _ = page
     steer(port, prompt="a blue star")
     steer(port, looks="a red star")
-    assert show.state()["mode"] == "play"
-    assert show.state()["looks"] == "a red star"
+    assert (state(port)["mode"], state(port)["looks"]) == ("play", "a red star")
 
 
-def test_several_tabs_see_frames_at_once(page):
-    tabs = [threading.Thread(target=watch, args=(page[0], 10)) for _ in range(3)]
+def test_worlds_have_the_looks_wished_for_and_a_seed_each():
+    asked = []
+
+    def noted(looks, seed):
+        asked.append((looks, seed))
+        return player(looks, seed)
+
+    with running(Show(noted, plain_frames, looks="a red star", seed=7)) as (port, _):
+        for _ in range(2):
+            assert until(lambda: len(watch(port, 1)) and asked)
+            known = len(asked)
+            steer(port, looks="a blue star")
+            assert until(lambda known=known: len(asked) > known)
+    assert asked == [("a red star", 7), ("a blue star", 8), ("a blue star", 9)]
+
+
+def test_the_page_names_the_words_that_the_models_know(page):
+    tables = {"colours": COLOURS, "shapes": SHAPES, "backgrounds": BACKGROUNDS, "motions": MOTIONS}
+    assert state(page[0])["words"] == {kind: list(table) for kind, table in tables.items()}
+
+
+def test_many_tabs_see_frames_at_once(page):
+    tabs = [threading.Thread(target=watch, args=(page[0], 10)) for _ in range(12)]
     for tab in tabs:
         tab.start()
     for tab in tabs:
@@ -114,34 +207,219 @@ def test_several_tabs_see_frames_at_once(page):
     assert not any(tab.is_alive() for tab in tabs)
 
 
+def test_a_tab_needs_no_connection_of_its_own(page):
+    port, number = page[0], 0
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    for _ in range(20):  # ten tabs, two frames each, on one connection
+        connection.request("GET", "/frame?after=0")
+        answer = connection.getresponse()
+        assert answer.read()
+        number = int(answer.headers["X-Frame"])
+    assert number > 0
+
+
 def test_nothing_runs_when_all_tabs_are_closed(page):
     port, show = page
     watch(port, 2)
-    assert until(lambda: show.viewers == 0)
-    time.sleep(0.3)
+    time.sleep(2.1)
+    assert until(lambda: len(show.waiting) == AHEAD)
     number = show.number
     time.sleep(0.3)
     assert show.number == number
+    assert len(show.waiting) == AHEAD
 
 
 def test_the_page_goes_on_with_the_next_tab(page):
+    port, _ = page
+    watch(port, 2)
+    time.sleep(2.1)
+    assert watch(port, 2 + AHEAD)
+
+
+def test_a_pause_stops_the_picture_until_it_ends(page):
     port, show = page
     watch(port, 2)
-    assert until(lambda: show.viewers == 0)
+    steer(port, paused=True)
+    number = show.number
+    time.sleep(0.3)
+    assert show.number - number <= 1
+    steer(port, paused=False)
     assert watch(port, 2)
 
 
+def bursts(prompt, seed):
+    """Make five frames at once every tenth of a second: 50 frames/s."""
+    for number in itertools.count():
+        time.sleep(0.1 * (number % 5 == 0))
+        yield torch.zeros(3, 64, 64)
+
+
 def test_the_rate_shown_is_of_all_frames_not_of_the_quick_ones():
-    def bursts(prompt):  # five at once every tenth of a second: 50 frames/s
+    with running(Show(None, bursts, fps=1000, mode="text")) as (port, show):
+        watch(port, 80)
+        assert 15 < show.state()["frames/s"] < 100
+
+
+# ------------------------------------------------------------------------- frames made in advance
+def test_frames_come_evenly_though_they_are_made_in_bursts():
+    def blocks(prompt, seed):  # five frames every 0.3 s
         for number in itertools.count():
-            time.sleep(0.1 * (number % 5 == 0))
+            time.sleep(0.3 * (number % 5 == 0))
             yield torch.zeros(3, 64, 64)
 
-    show = Show(None, bursts, fps=1000, mode="text", viewers=1)
-    threading.Thread(target=show.run, daemon=True).start()
-    assert until(lambda: show.number > 80)
-    assert 15 < show.state()["frames/s"] < 100
-    show.viewers = 0
+    with running(Show(None, blocks, fps=10, mode="text")) as (_, show):
+        assert until(lambda: len(show.waiting) == AHEAD)
+        times = []
+        for after in range(40):
+            show.newest(after)
+            times.append(time.perf_counter())
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert max(gaps) < 0.16
+
+
+def test_no_more_frames_wait_than_agreed(page):
+    _, show = page
+    assert until(lambda: len(show.waiting) == AHEAD)
+    time.sleep(0.2)
+    assert len(show.waiting) == AHEAD
+
+
+def replayed(actions, seed=0):
+    """The PNGs that a player without any lookahead shows."""
+    world = player(play.LOOKS, seed, most=1)
+    frames = [to_uint8(world.step(action)).numpy() for action in actions]
+    return [iio.imwrite("<bytes>", frame, extension=".png") for frame in frames]
+
+
+def test_what_is_shown_is_what_a_player_without_lookahead_shows():
+    def alone(looks, seed):
+        return player(looks, seed, most=1)
+
+    shown = {}
+    with running(Show(alone, plain_frames, fps=100)) as (port, show):
+        for name in ("right", "up", "none", "left", "right", "left", "up", "none"):
+            steer(port, action=name)
+            first = show.number
+            for number in range(first, first + 6):
+                shown |= dict([show.newest(number)])
+        steer(port, paused=True)
+        assert until(lambda: show.newest(show.number)[0] == show.number)
+        actions = show.mark["actions"]
+    expected = replayed(actions)
+    assert len(set(actions)) == 4
+    assert len(shown) > 30
+    assert all(image == expected[number - 1] for number, image in shown.items())
+
+
+def shown_after(show, action):
+    """Steer while frames wait -> how many more frames were shown under the action before."""
+    before = show.action
+    show.newest(show.number)
+    show.steer({"action": action})
+    first = show.number
+    while NAMES.index(action) not in show.mark["actions"][first:]:
+        show.newest(show.number)
+    return show.mark["actions"][first:].count(NAMES.index(before))
+
+
+def test_an_action_shows_in_the_second_next_frame_at_the_latest():
+    with running(Show(player, plain_frames, fps=10)) as (_, show):
+        for action in ("right", "up", "left", "none", "right"):
+            assert until(lambda: show.newest(0) and len(show.waiting) == AHEAD)
+            assert shown_after(show, action) <= 1
+
+
+def test_frames_taken_back_count_as_dropped():
+    with running(Show(player, plain_frames, fps=10)) as (port, show):
+        assert until(lambda: len(show.waiting) == AHEAD)
+        steer(port, action="up")
+        assert until(lambda: len(show.waiting) == AHEAD)
+    assert show.state()["guesses kept, %"] < 100
+
+
+def test_frames_in_the_making_are_given_up_when_an_action_changes():
+    passes = []
+
+    def slow(looks, seed):
+        made = player(looks, seed)
+        made.model.register_forward_hook(lambda *_: passes.append(time.sleep(0.2)))
+        return made
+
+    with running(Show(slow, plain_frames)) as (port, show):
+        assert until(lambda: passes)
+        count = len(passes)
+        steer(port, action="up")
+        assert until(lambda: not show.stale)
+        assert len(passes) - count <= 1
+
+
+def test_the_first_block_after_a_change_has_one_frame():
+    asked = []
+
+    def noted(looks, seed):
+        made = player(looks, seed)
+        step = made.step
+
+        def counted(action, most):
+            asked.append((action, most))
+            return step(action, most)
+
+        made.step = counted
+        return made
+
+    with running(Show(noted, plain_frames)) as (port, show):
+        assert until(lambda: len(show.waiting) == AHEAD)
+        steer(port, action="up")
+        assert until(lambda: len(show.waiting) == AHEAD)
+    first = asked.index((NAMES.index("up"), 1))
+    assert [most for _, most in asked[:3]] == [1, 2, 3]
+    assert [most for _, most in asked[first : first + 3]] == [1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------- errors
+def test_an_error_is_shown_and_the_next_wish_goes_on(capsys):
+    def picky(looks, seed):
+        if "bad" in looks:
+            raise RuntimeError("no such looks")
+        return player(looks, seed)
+
+    with running(Show(picky, plain_frames, fps=100)) as (port, _):
+        steer(port, looks="bad")
+        assert until(lambda: state(port)["error"])
+        assert state(port)["error"] == "RuntimeError: no such looks"
+        steer(port, looks="a red star")
+        watch(port, 12)
+        assert not state(port)["error"]
+
+
+def test_an_error_amid_a_world_begins_another_at_the_next_action(capsys):
+    worlds = []
+
+    def failing(looks, seed):
+        made = player(looks, seed)
+        worlds.append(made)
+        if len(worlds) == 1:
+            steps = iter([made.step] * 3)
+            made.step = lambda action, most: next(steps)(action, most)
+        return made
+
+    with running(Show(failing, plain_frames, fps=100)) as (port, _):
+        assert until(lambda: state(port)["error"])
+        steer(port, action="up")
+        watch(port, 12)
+    assert len(worlds) == 2
+
+
+def test_a_tab_that_is_closed_leaves_no_traceback(page, capsys):
+    port, show = page
+    watch(port, 1)
+    show.paused = True
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port)) as tab:
+            tab.sendall(b"GET /frame?after=%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % show.number)
+            tab.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
+    time.sleep(1.3)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_new_prompt_shows_in_the_text_models_next_chunk():
@@ -159,6 +437,10 @@ def test_a_new_prompt_shows_in_the_text_models_next_chunk():
 WISHES = (
     "",
     "{",
+    "[" * 1999,
+    '{"looks": "\\ud800"}',
+    '{"prompt": "a \\udfff star"}',
+    '{"paused": 1}',
     "[]",
     "3",
     '{"action": "jump"}',
@@ -171,24 +453,69 @@ WISHES = (
 )
 
 
-@pytest.mark.parametrize("wish", WISHES, ids=range(len(WISHES)))
-def test_junk_is_refused_and_harms_nothing(page, wish):
+@pytest.mark.parametrize("junk", WISHES, ids=range(len(WISHES)))
+def test_junk_is_refused_and_harms_nothing(page, junk):
     port, show = page
-    assert ask(port, "POST", "/steer", wish)[0] == 400
+    assert wish(port, junk) == 400
     assert show.state()["action"] == "none"
     assert watch(port, 2)
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "status"),
-    [("POST", "/other", "{}", 400), ("GET", "/../play.py", None, 404), ("PUT", "/", None, 501)],
+    ("method", "path", "status"),
+    [
+        ("POST", "/other", 400),
+        ("GET", "/../play.py", 404),
+        ("GET", "/frame", 404),
+        ("GET", "/frame?after=x", 404),
+        ("PUT", "/", 501),
+    ],
 )
-def test_there_is_nothing_but_the_page(page, method, path, body, status):
-    assert ask(page[0], method, path, body)[0] == status
+def test_there_is_nothing_but_the_page(page, method, path, status):
+    json_type = {"Content-Type": "application/json"}
+    assert ask(page[0], method, path, "{}", **json_type)[0] == status
 
 
-def test_another_sites_page_cannot_steer_this_one(page):
+def test_a_name_that_leads_here_is_not_this_machine(page):
     assert ask(page[0], "GET", "/", Host="example.com")[0] == 403
+
+
+FOREIGN = (
+    {"Origin": "http://example.com"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:1"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+)
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=range(len(FOREIGN)))
+def test_another_sites_page_cannot_steer_this_one(page, headers):
+    port, show = page
+    assert wish(port, '{"action": "up"}', **headers) == 403
+    assert show.action == "none"
+
+
+@pytest.mark.parametrize("path", ["/frame?after=0", "/state"])
+def test_another_sites_page_cannot_watch(page, path):
+    assert ask(page[0], "GET", path, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+
+
+def test_another_sites_page_can_link_to_this_one(page):
+    assert ask(page[0], "GET", "/", **{"Sec-Fetch-Site": "cross-site"})[0] == 200
+
+
+def test_the_page_itself_can_steer(page):
+    port, _ = page
+    own = {"Origin": f"http://127.0.0.1:{port}", "Sec-Fetch-Site": "same-origin"}
+    assert wish(port, '{"action": "up"}', **own) == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_a_form_cannot_steer(page, kind):
+    port, show = page
+    assert wish(port, '{"action": "up"}', **{"Content-Type": kind}) == 415
+    assert show.action == "none"
 
 
 def test_bytes_that_are_no_request_harm_nothing(page):
@@ -203,3 +530,174 @@ def test_a_port_that_is_taken_is_named(page, command_line):
     status, _, err = command_line(play, "--port", page[0])
     assert status == 2
     assert "choose another with --port" in err
+
+
+# ------------------------------------------------------------------------------------- at the start
+@pytest.mark.parametrize("browser", [True, False])
+def test_the_page_opens_unless_told_not_to(monkeypatch, capsys, browser):
+    opened, shows = [], []
+    monkeypatch.setattr(server.webbrowser, "open", opened.append)
+    monkeypatch.setattr(server.Show, "start", lambda show: shows.append(show))
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", ThreadingHTTPServer.server_close)
+    device = torch.device("cpu")
+    server.serve(player, device, torch.float32, 0, "a blue star", 3, browser=browser)
+    url = re.search(r"http://\S+", capsys.readouterr().out)[0]
+    assert until(lambda: opened == [url] * browser)
+    assert (shows[0].looks, shows[0].seed) == ("a blue star", 3)
+
+
+# ------------------------------------------------------------------------------------- in a browser
+CHROMIUM = os.environ.get("CHROMIUM")  # the path of a Chromium, for the tests in a browser
+FLAGS = (
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    "disable-component-update disable-sync window-size=500,600 remote-debugging-pipe"
+)
+
+
+class Browser:
+    """Chromium, told what to do in the DevTools protocol over a pair of pipes."""
+
+    def __init__(self, folder):
+        (listens, tells), (hears, answers) = os.pipe(), os.pipe()
+        command = [CHROMIUM, *(f"--{flag}" for flag in FLAGS.split()), f"--user-data-dir={folder}"]
+        shell = f'exec "$@" 3<&{listens} 4>&{answers} 2>/dev/null'
+        ends = (listens, answers)
+        self.process = subprocess.Popen(["bash", "-c", shell, "-", *command], pass_fds=ends)
+        for end in ends:
+            os.close(end)
+        self.tells, self.hears = os.fdopen(tells, "wb", 0), os.fdopen(hears, "rb", 0)
+        self.count, self.session = 0, {}
+
+    def tell(self, method, **params):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params} | self.session
+        self.tells.write(json.dumps(message).encode() + b"\0")
+        while True:
+            answer = json.loads(b"".join(iter(lambda: self.hears.read(1), b"\0")))
+            if answer.get("id") == self.count:
+                return answer["result"]
+
+    def open(self, url):
+        target = self.tell("Target.createTarget", url=url)["targetId"]
+        attached = self.tell("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+
+    def run(self, script):
+        given = {"expression": script, "awaitPromise": True, "returnByValue": True}
+        return self.tell("Runtime.evaluate", **given)["result"].get("value")
+
+    def key(self, code, kind="keyDown"):
+        self.tell("Input.dispatchKeyEvent", type=kind, code=code, key=code)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    """A page that runs in a browser: (the browser, its Show)."""
+    if not CHROMIUM:
+        pytest.skip("CHROMIUM names no browser")
+    with running(Show(player, plain_frames)) as (port, show):
+        browser = Browser(tmp_path_factory.mktemp("browser"))
+        browser.open(f"http://127.0.0.1:{port}/?x=1")
+        try:
+            assert until(lambda: show.number > 2)
+            assert until(lambda: browser.run("at('words').textContent"))
+            yield browser, show
+        finally:
+            browser.session = {}
+            browser.tell("Browser.close")
+            browser.process.wait(20)
+
+
+def test_the_picture_has_the_focus_and_gets_it_back_from_a_form(tab):
+    browser, show = tab
+    assert browser.run("document.activeElement.id") == "picture"
+    browser.run("at('looks').firstElementChild.focus()")
+    browser.run("at('looks').firstElementChild.value = 'a blue star'")
+    browser.run("at('looks').lastElementChild.click()")
+    assert until(lambda: show.looks == "a blue star")
+    assert browser.run("document.activeElement.id") == "picture"
+
+
+def test_of_two_keys_the_latest_counts_and_the_other_resumes(tab):
+    browser, show = tab
+    for code, kind, action in (
+        ("ArrowRight", "keyDown", "right"),
+        ("KeyW", "keyDown", "up"),
+        ("KeyW", "keyUp", "right"),
+        ("ArrowRight", "keyUp", "none"),
+    ):
+        browser.key(code, kind)
+        assert until(lambda action=action: show.action == action)
+
+
+LETTERS = {"KeyW": "up", "KeyA": "left", "KeyS": "down", "KeyD": "right"}
+
+
+@pytest.mark.parametrize(("code", "action"), [*LETTERS.items()])
+def test_four_letters_are_actions_too(tab, code, action):
+    browser, show = tab
+    browser.key(code)
+    assert until(lambda: show.action == action)
+    browser.key(code, "keyUp")
+    assert until(lambda: show.action == "none")
+
+
+def test_letters_in_a_form_are_no_actions(tab):
+    browser, show = tab
+    browser.run("at('prompt').firstElementChild.focus()")
+    browser.key("KeyW")
+    browser.key("KeyW", "keyUp")
+    time.sleep(0.2)
+    assert show.action == "none"
+    browser.run("at('picture').focus()")
+
+
+def test_a_tap_lasts_long_enough_to_show(tab):
+    browser, show = tab
+    browser.key("ArrowLeft")
+    browser.key("ArrowLeft", "keyUp")
+    assert until(lambda: show.mark and NAMES.index("left") in show.mark["actions"])
+    assert until(lambda: show.action == "none")
+
+
+def test_the_space_bar_pauses(tab):
+    browser, show = tab
+    for paused in (True, False):
+        browser.key("Space")
+        browser.key("Space", "keyUp")
+        assert until(lambda paused=paused: show.paused == paused)
+
+
+def test_an_error_is_seen_on_the_page_until_a_wish(tab):
+    browser, show = tab
+    show.error = "RuntimeError: too bad"
+    assert until(lambda: "too bad" in browser.run("at('problem').textContent"))
+    browser.run("steer({action: 'none'})")
+    assert until(lambda: not browser.run("at('problem').textContent"))
+
+
+@pytest.mark.parametrize("size", [(320, 568), (375, 667), (1280, 720)])
+def test_all_buttons_to_play_with_are_in_sight(tab, size):
+    browser, _ = tab
+    shape = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 500}
+    browser.tell("Emulation.setDeviceMetricsOverride", **shape)
+    script = "[...document.querySelectorAll('#keys button')].map(b => b.getBoundingClientRect())"
+    for box in json.loads(browser.run(f"JSON.stringify({script})")):
+        assert 0 <= box["left"] < box["right"] <= size[0]
+        assert 0 <= box["top"] < box["bottom"] <= size[1]
+
+
+def test_ten_tabs_in_one_browser_all_see_frames(tab):
+    browser, _ = tab
+    script = """new Promise(async done => {
+        const tabs = [...Array(10)].map(() => document.createElement("iframe"));
+        tabs.forEach(tab => { tab.src = "/"; document.body.append(tab); });
+        const dark = tab => {
+            const picture = tab.contentDocument?.getElementById("picture");
+            return !picture || !picture.getContext("2d").getImageData(9, 9, 1, 1).data[3];
+        };
+        for (let wait = 0; tabs.some(dark) && wait < 200; wait++) await sleep(100);
+        done(tabs.filter(dark).length);
+        tabs.forEach(tab => tab.remove());
+    })"""
+    assert browser.run(script) == 0

@@ -9,6 +9,7 @@ from conftest import generator, tiny_action_model, tiny_model, tiny_text, tiny_v
 import play
 from nfd_teacher import stream_walks
 from play import NAMES, Player, parse_actions
+from vae import MemoryBlock
 from weights import UserError, save_weights, shipped
 
 RIGHT, UP = NAMES.index("right"), NAMES.index("up")
@@ -107,6 +108,87 @@ def test_dropped_frames_leave_no_trace_in_the_cache(rejected, part):
     assert [cache.frames for cache in caches] == [2, 2]
     speculated, plain = (getattr(cache, part)[:, :, :held] for cache in caches)
     assert torch.equal(speculated, plain)
+
+
+def remembering(player):
+    """Give a player's autoencoder a memory; that of an untrained one changes no pixel."""
+    torch.manual_seed(0)
+    for block in player.vae.modules():
+        if isinstance(block, MemoryBlock):
+            torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    return player
+
+
+def run_ahead(player, wishes):
+    """Play (action, frames, frames too many), the last of which are taken back each time.
+
+    -> (frames shown, their actions, and how many of them each block shows)
+    """
+    frames, actions, blocks = [], [], []
+    for action, count, more in wishes:
+        for index in range(count + more):
+            begins = action != player.action or not player.ahead
+            frame = player.step(action)
+            if index < count:
+                frames.append(frame)
+                actions.append(action)
+                blocks += [0] * begins
+                blocks[-1] += 1
+            if index == count - 1:
+                mark = player.mark()
+        player.back(mark)
+    return frames, actions, blocks
+
+
+WISHES = [(RIGHT, 6, 5), (UP, 3, 1), (RIGHT, 1, 9), (0, 2, 0), (0, 5, 14), (UP, 7, 2), (UP, 1, 3)]
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_frames_taken_back_are_as_if_never_made(most):
+    ahead, plain = remembering(world(most)), remembering(world(most))
+    ahead.guesses = itertools.repeat(most).__next__
+    frames, actions, blocks = run_ahead(ahead, WISHES)
+    plain.guesses = iter(blocks).__next__
+    for frame, action in zip(frames, actions, strict=True):
+        assert torch.equal(plain.step(action), frame)
+    assert torch.equal(plain.generator.get_state(), ahead.generator.get_state())
+    assert ahead.holds == plain.holds
+
+
+def test_a_mark_can_be_returned_to_more_than_once(held):
+    mark, shown = held.mark(), []
+    for _ in range(3):
+        shown.append(torch.stack([held.step(UP) for _ in range(12)]))
+        held.back(mark)
+    assert torch.equal(shown[0], shown[1])
+    assert torch.equal(shown[0], shown[2])
+
+
+def test_frames_taken_back_count_as_dropped(held):
+    mark, before = held.mark(), held.dropped + len(held.ahead)
+    made = held.made
+    for _ in range(6):
+        held.step(UP)
+    held.back(mark)
+    assert held.dropped - before == held.made - made >= 6
+
+
+def test_a_player_given_up_within_a_block_goes_on_from_its_mark(held):
+    mark, passes = held.mark(), iter([None] * 3)
+    expected = torch.stack([held.step(UP) for _ in range(6)])
+    held.back(mark)
+    hook = held.model.register_forward_pre_hook(lambda *_: next(passes))
+    with hook, pytest.raises(StopIteration):
+        held.step(UP)
+    held.back(mark)
+    assert torch.equal(torch.stack([held.step(UP) for _ in range(6)]), expected)
+
+
+def test_a_block_has_at_most_as_many_frames_as_is_asked_for(held):
+    held.step(UP)
+    made = held.made
+    held.step(RIGHT, most=2)
+    assert held.made - made == 2
 
 
 @pytest.mark.parametrize(("frames_an_action", "least", "most"), [(60, 8, 8), (1, 1, 1), (2, 2, 7)])
