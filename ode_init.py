@@ -102,7 +102,7 @@ def main():
     name = f"{key}-{args.trajectories}-{args.solver_steps}-{student.config.steps}.pt"
     told = f"solving {16 * count:,} ODEs"
     kept = kept_in(os.path.join("runs", "trajectories", name), told, count, make)
-    states, prompts = kept["states"], kept["prompts"]
+    states, prompts = (kept[name][: args.trajectories] for name in ("states", "prompts"))
     ema = training.EMA(student)
     optimizer = training.Muon(student.blocks.parameters(), student.parameters(), run.lr)
     if run.compile:

@@ -1,6 +1,5 @@
 import contextlib
 import math
-import resource
 import sys
 
 import pytest
@@ -65,6 +64,7 @@ def tiny_run(out="out", **fields):
 @contextlib.contextmanager
 def full_disk(size=2000):
     """No file can grow beyond `size` bytes."""
+    resource = pytest.importorskip("resource")  # Windows has none
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

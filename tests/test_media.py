@@ -1,7 +1,6 @@
 import contextlib
 import gc
 import os
-import resource
 import signal
 import stat
 import threading
@@ -158,6 +157,7 @@ def test_a_run_that_fails_midway_leaves_no_half_written_file(there_before, name)
 @pytest.fixture
 def full_disk():
     """As on a full disk, no file may become larger than 8 KiB."""
+    resource = pytest.importorskip("resource")  # Windows has none
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     yield
