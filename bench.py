@@ -225,7 +225,7 @@ def bench_parser(description, out):
     add("--size", default="small", choices=list(SIZES), help="of the models and the video")
     add("--repeats", type=flags.whole(), default=5, help="turns, of which the median counts")
     flags.device_flags(parser)
-    add("--out", default=out, type=flags.words, help="FILE: writes FILE.json and FILE.md")
+    add("--out", default=out, type=flags.results, help="FILE: writes FILE.json and FILE.md")
     return parser
 
 

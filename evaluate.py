@@ -221,7 +221,7 @@ def main():
     flags.codec_flags(parser)
     flags.device_flags(parser)
     told = "FILE: writes FILE.json and FILE.md, and with --over-time FILE.png"
-    add("--out", default="runs/evaluate", type=flags.words, help=told)
+    add("--out", default="runs/evaluate", type=flags.results, help=told)
     args = parser.parse_args()
     weights.make_folder(os.path.dirname(args.out) or ".")
     device, _ = flags.on_device(args.device, "float32", args.threads)
@@ -230,7 +230,9 @@ def main():
         weights.check_role(path, "teacher")
     for path in args.student or []:
         weights.check_role(path, "student")
-    nothing = not (args.teacher or args.student or args.causal)
+    for path in args.causal:
+        weights.check_role(path, "causal teacher")
+    nothing = args.teacher is None and args.student is None and not args.causal
     for kind in ("teacher", "causal", "student"):
         paths = getattr(args, kind)
         if paths == [] or (paths is None and nothing):
@@ -254,6 +256,8 @@ def main():
         else:
             rows[name] = evaluate(kind, *parts, args.clips, args.split, args.seed, name=name)
     told = {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}
+    if args.over_time:
+        told |= {"clips": min(args.clips, 20), "split": "held-out", "seconds": args.seconds}
     write_results(args.out, told, table(first_and_last(rows) if args.over_time else rows))
     if args.over_time:
         try:

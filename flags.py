@@ -97,9 +97,22 @@ def source(text):
 def picture(text):
     """A flag's type: a .png file in a folder that can be written to."""
     folder = os.path.dirname(words(text)) or "."
-    if not text.lower().endswith(".png") or os.path.isdir(text):
+    name = os.path.basename(text)
+    if not name.lower()[1:].endswith(".png") or len(os.fsencode(name)) > 240 or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text} must be a file that ends in .png")
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{folder} is not a folder that can be written to")
+    return text
+
+
+def results(text):
+    """A flag's type: FILE, for FILE.json and FILE.md in a folder that can be written to."""
+    folder, name = os.path.split(words(text))
+    while folder and not os.path.exists(folder):  # it will be made
+        folder = os.path.dirname(folder)
+    if not name or len(os.fsencode(name)) > 240 or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} must name files, not a folder")
+    if not os.path.isdir(folder or ".") or not os.access(folder or ".", os.W_OK):
         raise argparse.ArgumentTypeError(f"{folder} is not a folder that can be written to")
     return text
 

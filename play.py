@@ -22,6 +22,7 @@ from vae import VAE
 from weights import UserError, load_model, run_main, shipped
 
 NAMES = list(ACTIONS)
+MOST = 1_000_000  # actions of a script
 LOOKS = "a red circle on a black background"
 
 
@@ -129,10 +130,11 @@ def parse_actions(text):
     for part in text.split(","):
         name, _, times = part.strip().partition("*")
         times = times or "1"
-        if name not in ACTIONS or not times.isdecimal() or not 0 < int(times) <= 1_000_000:
+        fits = times.isdecimal() and len(times) < 8 and 0 < int(times) <= MOST - len(actions)
+        if name not in ACTIONS or not fits:
             raise UserError(
                 f"--actions cannot read {part.strip()!r}: write {', '.join(NAMES)}, "
-                "each with *TIMES if it is to be held, and commas"
+                f"each with *TIMES if it is to be held, and commas; at most {MOST:,} in all"
             )
         actions += [NAMES.index(name)] * int(times)
     return actions
@@ -163,6 +165,7 @@ def main():
     actions = args.actions and parse_actions(args.actions)
     if actions:
         check_out(args.out)
+    weights.check_role(args.weights, "player", "action teacher")
     vae, encoder = weights.made_with(args.weights, args.vae, args.text_encoder, "vae_frame")
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     model = load_model(ActionDiT, args.weights, device).to(dtype)

@@ -157,7 +157,7 @@ def parse_args():
     add = parser.add_argument
     add("--prompt", type=flags.words, help=f'such as "{PROMPT}"')
     told = "length at 16 frames/s (5; with --video the video's)"
-    add("--seconds", type=flags.real(0, above=True), help=told)
+    add("--seconds", type=flags.real(0, 10**7, above=True), help=told)
     add("--seed", type=flags.SEED, default=0, help="of the noise")
     told = "FILE.mp4, .gif, or .png for a sheet (sample.mp4); with --prompts a folder (samples)"
     add("--out", type=flags.words, help=told)
@@ -242,7 +242,6 @@ def main():
         samples = args.samples or 5
         sample_many(make, encoder, args.prompts, samples, args.seed, args.frames, args.out)
         return
-    flags.say_what_is_late(args.changes, args.frames, model.config.chunk, vae.config.time_stride)
     total, generator = args.frames, torch.Generator().manual_seed(args.seed)
     noise, shape = noise_source(generator, device), chunk_shape(model, vae, 1)
     steps = args.steps or model.config.steps
@@ -256,6 +255,7 @@ def main():
         times = model.schedule.timesteps(steps, 0.7 if args.strength is None else args.strength)
         parts = pieces(source, model.config.chunk, vae.config.time_stride)
         starts = from_video(parts, vae, noise, shape, times, model.schedule)
+    flags.say_what_is_late(args.changes, total, model.config.chunk, vae.config.time_stride)
     started = time.perf_counter()
     with tqdm(total=total, unit="frame", desc="teacher" if args.teacher else "streaming") as bar:
         texts = [(seconds * FPS, encoder([text])) for seconds, text in args.changes]

@@ -262,13 +262,15 @@ def load_checkpoint(path, run, state, generator):
     Raises UserError for a checkpoint that is damaged, of other parts or beyond the run's end."""
     saved = read_saved(path, run.device)
     try:
+        if not (isinstance(saved["step"], int) and saved["step"] >= 0 and saved["seconds"] >= 0):
+            raise ValueError("its step or its seconds are no such numbers")
         if saved["step"] > run.steps:
             raise ValueError(f"{saved['step']} steps are done, more than --steps {run.steps}")
         for name, part in state.items():
             part.load_state_dict(saved["state"][name])
         generator.set_state(saved["generator"].cpu())
         return saved["step"], saved["seconds"]
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit this run ({reason(error)})") from None
 
 
@@ -351,7 +353,11 @@ def train(run, state, step, sheet, warmup=50):
         bar.set_description(f"{name}: saving, measuring samples")
         progress = {"step": step + 1, "seconds": seconds()}
         save_checkpoint(path, run, state, generator, **progress)
-        note(step, sheet(os.path.join(run.out, "sheet.png")))
+        try:
+            measured = sheet(os.path.join(run.out, "sheet.png"))
+        except OSError as error:
+            raise UserError(f"cannot write the sheet to {run.out}: {reason(error)}") from None
+        note(step, measured)
         bar.set_description(name, refresh=False)
 
     try:

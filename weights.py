@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -34,6 +35,11 @@ class UserError(Exception):
 
 def run_main(main):
     """Call main() as a command line does: UserError ends with status 2, Ctrl-C with status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may not have every letter
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C does, where nothing else takes them
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         main()
     except UserError as error:
@@ -238,4 +244,4 @@ def check_role(path, *stages):
     with opened(path) as file:
         stage = (file.metadata() or {}).get("stage")
     if stage and not any(name in stage for name in stages):
-        raise UserError(f"{path} holds a {stage}; here is asked for a {' or a '.join(stages)}")
+        raise UserError(f"{path} holds a {stage}; here is asked for: {' or '.join(stages)}")

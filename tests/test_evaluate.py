@@ -226,3 +226,16 @@ def test_over_time_measures_first_and_last_ten_seconds(command_line):
     assert "last 10 s" in out
     (row,) = rows_of("time").values()
     assert len(row["frame quality"]) == 12  # windows of 5 seconds, one a second, in 16
+
+
+def test_one_kind_named_without_a_file_is_the_shipped_one_alone(command_line):
+    status, _, err = command_line(evaluate, "--student", "--clips", 1, "--out", "table")
+    assert status == 0, err
+    with open("table.json") as file:
+        assert [name.split()[0] for name in json.load(file)["rows"]] == ["student"]
+
+
+def test_a_student_is_no_causal_teacher(command_line):
+    status, _, err = command_line(evaluate, "--causal", shipped("student"))
+    assert status == 2
+    assert "here is asked for: causal teacher" in err

@@ -148,3 +148,13 @@ def test_a_short_form_of_a_flag_is_refused(command_line):
 @pytest.mark.parametrize(("frames", "begin"), [(1, 0), (9, 0), (10, 9), (21, 9), (22, 21)])
 def test_the_last_chunk_begins_after_all_frames_of_those_before(frames, begin):
     assert flags.last_chunk(frames, 3, 4) == begin
+
+
+@pytest.mark.parametrize("text", ["", "made/", ".", "x" * 241, "/dev/null/x"])
+def test_results_that_cannot_be_written_are_refused(text):
+    with pytest.raises(UserError, match="--flag"):
+        value(flags.results, text)
+
+
+def test_results_may_name_a_folder_that_is_not_there_yet(tmp_path):
+    assert value(flags.results, str(tmp_path / "new" / "table"))

@@ -241,3 +241,16 @@ def test_a_signal_leaves_a_playable_file_of_what_was_made(tiny, tmp_path, name):
 def test_a_prompt_that_comes_too_late_is_told(run):
     _, out, _ = run("--prompt", PROMPT, "--seconds", 1, "--prompt-at", 0.9, "a blue star")
     assert "too late" in out
+
+
+def test_a_signal_leaves_nothing_of_many_prompts_that_is_not_whole(tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    flags = ["--prompts", "prompts.txt", "--seconds", "100000", "--out", "made", *map(str, tiny)]
+    command = [sys.executable, os.path.join(ROOT, "sample.py"), *flags]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as running:
+        while running.poll() is None and not list(tmp_path.glob("made/.*")):
+            time.sleep(0.1)
+        running.send_signal(signal.SIGTERM)
+        running.wait(timeout=60)
+    assert running.returncode == 130
+    assert not os.listdir(tmp_path / "made")

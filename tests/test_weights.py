@@ -327,7 +327,7 @@ def test_what_is_beside_a_transformer_is_chosen_for_it(family):
 
 
 def test_weights_of_another_role_are_refused():
-    with pytest.raises(UserError, match="holds a teacher; here is asked for a student"):
+    with pytest.raises(UserError, match="holds a teacher; here is asked for: student"):
         check_role(shipped("teacher"), "student")
 
 
