@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import flags
 from model import DiT, ModelConfig
 from nfd_teacher import ActionConfig, ActionDiT
 from text import TextEncoder
@@ -13,13 +14,15 @@ from vae import VAE, VAEConfig
 from weights import run_main
 
 TINY = {"dim": 16, "ffn_dim": 16, "freq_dim": 8, "num_heads": 1, "num_layers": 1}
+THREADS = torch.get_num_threads()
 PROMPT = "a red circle bouncing on a black background"
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Every test begins with the same random state, alone or in the suite."""
+def seeded(monkeypatch):
+    """Every test begins with the same random state and threads, alone or in the suite."""
     torch.manual_seed(0)
+    monkeypatch.setattr(flags, "fastest_threads", lambda: THREADS)
 
 
 def generator(seed=0):
@@ -56,9 +59,9 @@ def tiny_text(prompt=PROMPT):
 
 def tiny_run(out="out", **fields):
     """A training run of a few steps on the CPU."""
-    flags = {"steps": 9, "batch_size": 1, "lr": 1e-3, "seed": 0, "out": str(out), "resume": False}
-    flags |= {"save_every": 2, "minutes": math.inf, "compile": False}
-    return Run(**flags | {"device": torch.device("cpu"), "dtype": torch.float32} | fields)
+    given = {"steps": 9, "batch_size": 1, "lr": 1e-3, "seed": 0, "out": str(out), "resume": False}
+    given |= {"save_every": 2, "minutes": math.inf, "compile": False}
+    return Run(**given | {"device": torch.device("cpu"), "dtype": torch.float32} | fields)
 
 
 @contextlib.contextmanager
