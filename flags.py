@@ -162,11 +162,11 @@ def on_device(device, dtype="auto", threads=None):
     Raises UserError for a device that is not there.
     """
     if device == "auto":
-        found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-        device = (found or ["cpu"])[0]
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        device = next((name for name, found in there.items() if found), "cpu")
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):  # torch without CUDA raises the second
         raise UserError(f"device {device!r} is not available here; try --device auto") from None
     device = torch.device(device)
     told = f"on {device}"
