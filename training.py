@@ -6,6 +6,7 @@ and random state. A run stopped at any moment and resumed ends in the same weigh
 (float32, CPU), as one that was never stopped.
 """
 
+import functools
 import json
 import math
 import os
@@ -91,6 +92,8 @@ def read_settings(args):
 
 def compare_settings(out, before, now):
     """Say which settings a resumed run changes. Raises UserError for those that cannot change."""
+    if not isinstance(before, dict):
+        raise UserError(f"{out}/checkpoint.pt is damaged; delete it to begin again")
     changed = [name for name in before if name in now and now[name] != before[name]]
     fixed = [name for name in changed if name not in CHANGEABLE]
     told = "; ".join(
@@ -100,6 +103,20 @@ def compare_settings(out, before, now):
         raise UserError(f"{out} cannot go on with {told}: give what it was, or another --out")
     if changed:
         print(f"{out} goes on with {told}")
+
+
+@functools.cache  # this process holds the lock until it ends
+def lock(out):
+    """Keep other processes from training into the folder `out`. Raises UserError if one does."""
+    try:
+        import fcntl
+
+        fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        told = f"another training writes to {out}: wait for its end, or choose another --out"
+        raise UserError(told) from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        return
 
 
 def start_run(args):
@@ -122,6 +139,7 @@ def start_run(args):
             "or choose another --out"
         )
     weights.make_folder(args.out)
+    lock(os.path.realpath(args.out))
     torch.manual_seed(args.seed)
     values = vars(args) | {"device": device, "dtype": dtype, "settings": settings}
     return Run(**{field.name: values[field.name] for field in fields(Run)})
@@ -285,8 +303,11 @@ def comes_before(line, step):
 def forget_after(path, step):
     """Drop the lines of a log from `step` on, which a run makes again, and damaged ones."""
     if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            kept = [line for line in file if comes_before(line, step)]
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                kept = [line for line in file if comes_before(line, step)]
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {reason(error)}") from None
         replace_file(path, "".join(kept))
 
 
@@ -353,11 +374,7 @@ def train(run, state, step, sheet, warmup=50):
         bar.set_description(f"{name}: saving, measuring samples")
         progress = {"step": step + 1, "seconds": seconds()}
         save_checkpoint(path, run, state, generator, **progress)
-        try:
-            measured = sheet(os.path.join(run.out, "sheet.png"))
-        except OSError as error:
-            raise UserError(f"cannot write the sheet to {run.out}: {reason(error)}") from None
-        note(step, measured)
+        note(step, sheet(os.path.join(run.out, "sheet.png")))
         bar.set_description(name, refresh=False)
 
     try:

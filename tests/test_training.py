@@ -328,6 +328,28 @@ def test_a_damaged_checkpoint_is_named_before_the_run_starts(tmp_path, found):
         start(tmp_path, "--resume")
 
 
+def test_damaged_settings_are_named_before_the_run_starts(tmp_path):
+    torch.save({"settings": "all"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
+        start(tmp_path, "--resume")
+
+
+def test_a_log_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*log\.jsonl"):
+        run(tmp_path)
+
+
+def test_a_second_training_into_a_folder_is_refused(tmp_path):
+    fcntl = pytest.importorskip("fcntl")  # Windows has none
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another training writes to"):
+        start(tmp_path)
+    os.close(other)
+    start(tmp_path)
+
+
 # ------------------------------------------------------------------------- before the first step
 def test_a_run_that_never_was_is_not_resumed(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
