@@ -178,9 +178,8 @@ class CrossAttention(Projections):
 
 
 def main():
-    import imageio.v3 as iio
-
     import flags
+    import media
 
     parser = flags.Parser("Draw the block-causal mask.")
     parser.add_argument("out", nargs="?", default="mask.png", type=flags.picture, help="FILE.png")
@@ -189,7 +188,7 @@ def main():
     mask = block_causal_mask(frames=21, chunk=3).byte() * 170 + 60
     mask += 25 * block_causal_mask(frames=21, chunk=3, window=4).byte()
     picture = mask.repeat_interleave(12, 0).repeat_interleave(12, 1).numpy()
-    iio.imwrite(args.out, picture)
+    media.save_picture(picture, args.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from data import FPS, SIZE
-from weights import UserError
+from weights import UserError, written
 
 # ffmpeg's options by kind of file; a gif gets a palette of its own for each frame
 PALETTE = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none"
@@ -99,6 +99,8 @@ def _look(path):
         packets, told = (text.decode(errors="replace") for text in process.communicate())
     # a line for each frame: stream, time to decode, time to show, duration ...
     times = re.findall(r"^0, *(-?\d+), *-?\d+, *(\d+),", packets, re.MULTILINE)
+    if times and re.search("partial file|prematurely|corrupt", told):
+        print(f"{path} is cut short or damaged; it is used as far as it can be read")
     if not times:
         failed = process.returncode != 0 and "matches no streams" not in told
         raise OSError(told.strip().rpartition(": ")[2] if failed else "it holds no video")
@@ -192,7 +194,8 @@ class FrameWriter(contextlib.AbstractContextManager):
                 ideal = np.linspace(0, self.count - 1, 16).round()
                 picked = [min(self.kept, key=lambda n: abs(n - at)) for at in ideal]
                 rows = torch.stack([self.kept[n] for n in picked]).unflatten(0, (2, 8))
-                save_sheet(rows.movedim(-1, -3) / 127.5 - 1, self.temporary)
+                sheet = draw_sheet(rows.movedim(-1, -3) / 127.5 - 1)
+                Image.fromarray(sheet).save(self.temporary)
             else:
                 told = self.encoder.communicate()[1].decode(errors="replace").splitlines()
                 if self.encoder.returncode != 0 or _look(self.temporary)[2] != self.count:
@@ -225,8 +228,8 @@ def read_prompts(path):
         raise UserError(f"cannot read the prompts in {path}: {_reason(error)}") from None
     prompts = {}  # by the name of their file
     for number, line in enumerate(lines, 1):
-        if set(line) & {*FORBIDDEN, "\0"} or len(os.fsencode(line)) > 230:
-            problem = f"a prompt names its file: no {FORBIDDEN} and at most 230 bytes"
+        if re.search(rf"[\0-\x1f\x7f{re.escape(FORBIDDEN)}]", line) or len(os.fsencode(line)) > 230:
+            problem = f"a prompt names its file: no {FORBIDDEN}, tab or the like, at most 230 bytes"
             raise UserError(f"{path}, line {number}: {problem}")
         if prompts.setdefault(line.lower() if CASELESS else line, line) != line:
             raise UserError(f"{path}, line {number}: a line above it differs only by case")
@@ -236,16 +239,25 @@ def read_prompts(path):
     return list(prompts.values())
 
 
-def save_sheet(video, path, columns=8):
-    """Write a sheet: each clip of video [B, F, 3, H, W] in [-1, 1] is a row of `columns` frames."""
+def draw_sheet(video, columns=8):
+    """Draw a sheet: each clip of video [B, F, 3, H, W] in [-1, 1] is a row of `columns` frames."""
     frames = torch.linspace(0, video.shape[1] - 1, min(columns, video.shape[1])).round().long()
     rows = to_uint8(video[:, frames])  # [B, F, H, W, 3]
     B, F, H, W, _ = rows.shape
     sheet = rows.new_full((B, H + 2, F, W + 2, 3), 255)
     sheet[:, :H, :, :W] = rows.transpose(1, 2)
-    temporary = f"{path}.tmp.png"
-    Image.fromarray(sheet.reshape(B * (H + 2), F * (W + 2), 3).numpy()).save(temporary)
-    os.replace(temporary, path)
+    return sheet.reshape(B * (H + 2), F * (W + 2), 3).numpy()
+
+
+def save_sheet(video, path):
+    """Write what `draw_sheet` makes of video [B, F, 3, H, W] as a .png file. Raises UserError."""
+    save_picture(draw_sheet(video), path)
+
+
+def save_picture(pixels, path):
+    """Write pixels [H, W] or [H, W, 3] in 0 .. 255 as a .png file. Raises UserError."""
+    with written(path) as file:
+        Image.fromarray(pixels).save(file, "PNG")
 
 
 def to_uint8(video):
@@ -264,8 +276,9 @@ def check_out(path):
         raise UserError(f"cannot write {path}: {problem}")
 
 
-def until_interrupted(chunks):
-    """Pass on a stream's chunks until Ctrl-C, SIGTERM or SIGHUP; the chunk in progress is last."""
+def until_interrupted(chunks, whole=False):
+    """Pass on a stream's chunks until Ctrl-C, SIGTERM or SIGHUP; the chunk in progress is last.
+    whole: a part is worth nothing, so that then comes a KeyboardInterrupt."""
     stop, before = [], {}
     heeded = [end for end in ENDS if signal.getsignal(end) is not signal.SIG_IGN]  # but for nohup
     with contextlib.suppress(ValueError):  # outside the main thread
@@ -273,6 +286,8 @@ def until_interrupted(chunks):
     try:
         for chunk in chunks:
             yield chunk
+            if stop and whole:
+                raise KeyboardInterrupt
             if stop:
                 return
     finally:

@@ -155,7 +155,7 @@ def sample_teacher(model, vae, text, generator, frames, steps=TEACHER_STEPS):
 def parse_args():
     parser = flags.Parser("Make a video from a prompt, streaming it chunk by chunk.")
     add = parser.add_argument
-    add("--prompt", type=flags.words, help=f'such as "{PROMPT}"')
+    add("--prompt", type=flags.words, action=flags.Once, help=f'such as "{PROMPT}"')
     told = "length at 16 frames/s (5; with --video the video's)"
     add("--seconds", type=flags.real(0, 10**7, above=True), help=told)
     add("--seed", type=flags.SEED, default=0, help="of the noise")
@@ -205,13 +205,14 @@ def sample_many(make, encoder, prompts, samples, seed, frames, out, batch=8):
     make(text, generators) -> chunks.
     """
     jobs = [(p, i, os.path.join(out, f"{p}-{i}.mp4")) for p in prompts for i in range(samples)]
-    missing = [job for job in jobs if not os.path.exists(job[-1])]
+    missing = [job for job in jobs if not (os.path.isfile(job[-1]) and os.path.getsize(job[-1]))]
     total, done = len(jobs) * frames, (len(jobs) - len(missing)) * frames
     with tqdm(total=total, initial=done, unit="frame", desc="streaming") as bar:
         for start in range(0, len(missing), batch):
             texts, indices, paths = zip(*missing[start : start + batch], strict=True)
             generators = [torch.Generator().manual_seed(seed + index) for index in indices]
-            write_videos(make(encoder(list(texts)), generators), paths, frames, frames, bar)
+            chunks = until_interrupted(make(encoder(list(texts)), generators), whole=True)
+            write_videos(chunks, paths, frames, frames, bar)
     print(f"{out} holds all {len(jobs)} videos, {len(missing)} of them new")
 
 
@@ -239,8 +240,8 @@ def main():
 
     if args.prompts:
         weights.make_folder(args.out)
-        samples = args.samples or 5
-        sample_many(make, encoder, args.prompts, samples, args.seed, args.frames, args.out)
+        parts = (args.prompts, args.samples or 5, args.seed, args.frames, args.out)
+        sample_many(make, encoder, *parts)
         return
     total, generator = args.frames, torch.Generator().manual_seed(args.seed)
     noise, shape = noise_source(generator, device), chunk_shape(model, vae, 1)

@@ -42,11 +42,15 @@ def run_main(main):
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # nobody reads what is printed, as in `python data.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def make_folder(path):
@@ -75,9 +79,10 @@ def reason(error):
 def written(path):
     """Open a binary file under a temporary name that becomes `path` when all of it is written.
     After an error nothing is left of it. Raises UserError if it cannot be written."""
-    temporary = path + ".tmp"
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name[:40]}.{os.getpid()}.tmp")
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.makedirs(folder or ".", exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
         os.replace(temporary, path)

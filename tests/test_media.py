@@ -3,6 +3,7 @@ import gc
 import os
 import signal
 import stat
+import subprocess
 import threading
 
 import imageio.v2 as iio
@@ -103,6 +104,19 @@ def test_what_cannot_be_read_is_named(tmp_path, read, content):
     with pytest.raises(UserError, match=r"a\.png") as raised:
         read(str(path))
     assert "\n" not in str(raised.value)
+
+
+def test_a_video_that_is_cut_short_is_told(tmp_path, capsys):
+    whole, cut = str(tmp_path / "whole.mkv"), tmp_path / "cut.mkv"
+    with FrameWriter(str(tmp_path / "a.mp4")) as writer:
+        writer.write(torch.rand(40, 3, 64, 64))
+    subprocess.run([media.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "0", "-i", writer.path, whole])
+    read_video(whole)
+    assert "cut short" not in capsys.readouterr().out
+    with open(whole, "rb") as file:
+        cut.write_bytes(file.read()[: os.path.getsize(whole) // 2])
+    read_video(str(cut))
+    assert "is cut short" in capsys.readouterr().out
 
 
 def test_a_truncated_video_gives_what_it_holds_or_is_named(tmp_path):
@@ -461,6 +475,16 @@ def test_after_a_stream_ctrl_c_does_what_it_did_before(end):
     before = signal.getsignal(end)
     assert list(until_interrupted(iter(range(3)))) == [0, 1, 2]
     assert signal.getsignal(end) is before
+
+
+def test_a_signal_ends_what_is_worth_nothing_in_part():
+    def chunks():
+        yield 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield 2
+
+    with pytest.raises(KeyboardInterrupt):
+        list(until_interrupted(chunks(), whole=True))
 
 
 def test_a_signal_that_is_ignored_stays_so():

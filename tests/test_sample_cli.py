@@ -142,6 +142,7 @@ def test_shipped_weights_follow_the_prompt(of_shipped_weights):
         ("--video {folder}/model.safetensors", "cannot read a video"),
         ("--video a.mp4 --image a.mp4", "one of --image and --video"),
         ("--video a.mp4 --strength 1.5", "--strength"),
+        ("--prompt more", "--prompt is there twice"),
         ("--strength 0.5", "--strength goes with --video"),
         ("--samples 3", "--samples goes with --prompts"),
         ("--image a.mp4 --teacher", "does not go with --teacher"),
@@ -209,6 +210,12 @@ def test_many_prompts_go_on_where_they_stopped(run_many):
     assert "1 of them new" in run_many()
     assert set(os.listdir("made")) == NAMES
     assert os.path.getmtime("made/a red circle-0.mp4") == kept
+
+
+def test_an_empty_file_is_no_video_that_is_there(run_many):
+    run_many()
+    open("made/a red circle-0.mp4", "w").close()
+    assert "1 of them new" in run_many()
 
 
 def test_number_i_of_a_prompt_is_that_of_seed_plus_i(run_many, run):
