@@ -222,8 +222,8 @@ def bench_parser(description, out):
     """The flags of a benchmark."""
     parser = flags.Parser(description)
     add = parser.add_argument
-    add("--size", default="small", choices=list(SIZES), help="of the models and the video")
-    add("--repeats", type=flags.whole(), default=5, help="turns, of which the median counts")
+    add("--size", choices=list(SIZES), help="of the models and the video (small)")
+    add("--repeats", type=flags.whole(), help="turns, of which the median counts (5)")
     flags.device_flags(parser)
     add("--out", default=out, type=flags.results, help="FILE: writes FILE.json and FILE.md")
     return parser
@@ -271,15 +271,16 @@ def main():
     args = parser.parse_args()
     make_folder(os.path.dirname(args.out) or ".")
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
-    fields, *size = SIZES[args.size]
+    size, repeats = args.size or "small", args.repeats or 5
+    fields, *sides = SIZES[size]
     if fields is None:
         parts = shipped_parts(DiT, ("teacher", "student", "vae"), device, dtype)
     else:
         parts = random_parts(DiT, ModelConfig(**fields), 4, device, dtype)
     _, student, vae, encoder = parts
-    result = conditions(args.size, FRAMES, args.repeats, dtype) | {"torch": torch.__version__}
-    rows, laps, ceiling = stream_rows(*parts, size, device, dtype, args.repeats)
-    ratio = endless(student, vae, encoder([PROMPT]), size, args.late)
+    result = conditions(size, FRAMES, repeats, dtype) | {"torch": torch.__version__}
+    rows, laps, ceiling = stream_rows(*parts, sides, device, dtype, repeats)
+    ratio = endless(student, vae, encoder([PROMPT]), sides, args.late)
     result |= {"rows": rows, "stages, ms": laps, "late chunk": args.late}
     result["its time over that of the first with a full window"] = ratio
     result["matmul GFLOP/s"] = ceiling / 1e9

@@ -84,11 +84,12 @@ def evaluate(
         for start in range(0, count, batch):
             part = clips[start : start + batch]
             text = encoder(part.prompts())
-            values.append(measure(make_videos(kind, model, vae, text, generator).cpu(), part))
+            video = make_videos(kind, model, vae, text, generator)
+            values.append(measure(video.float().cpu(), part))
             bar.update(len(part))
         for index in range(groups):
             text = encoder(clips[index : index + 1].prompts() * 16)
-            made.append(make_videos(kind, model, vae, text, generator).cpu())
+            made.append(make_videos(kind, model, vae, text, generator).float().cpu())
             bar.update(16)
     result = {key: torch.cat([v[key] for v in values]).mean().item() for key in values[0]}
     if made:
@@ -104,7 +105,7 @@ def over_time(kind, model, vae, encoder, seconds=60, count=20, seed=0, batch=5, 
     for start in tqdm(range(0, count, batch), desc=name, unit="batch"):
         part, measured = clips[start : start + batch], []
         text = encoder(part.prompts())
-        video = make_videos(kind, model, vae, text, generator, frames).cpu()
+        video = make_videos(kind, model, vae, text, generator, frames).float().cpu()
         found = recover(video)
         for first in range(0, frames - SPAN + 1, FPS):
             span = slice(first, first + SPAN)
@@ -209,12 +210,13 @@ def main():
     add("--causal", default=[], help="weights to stream in many guided steps (none)", **files)
     told = "the paper's Table 4 instead, after training what is missing"
     add("--ablation", action="store_true", help=told)
-    told = 'flags for the trainings of --ablation, such as "--steps 600 --batch-size 8" (none)'
-    add("--train-options", default="", help=told)
+    told = 'flags for the trainings of --ablation: --train-options="--steps 600 --lr 1e-3" (none)'
+    add("--train-options", help=told)
     told = "measure over a long stream, the paper's Figure 8; with matplotlib also a picture"
     add("--over-time", action="store_true", help=told)
-    add("--seconds", type=flags.whole(15, 10**6), default=60, help="length of --over-time")
-    add("--clips", type=flags.whole(), default=200, help="of each model")
+    add("--seconds", type=flags.whole(15, 10**6), help="length of --over-time (60)")
+    told = "of each model (200; with --over-time 20)"
+    add("--clips", type=flags.whole(), help=told)
     told = "the prompts' combinations"
     add("--split", default="held-out", choices=["held-out", "train"], help=told)
     add("--seed", type=flags.SEED, default=0, help="of clips and noise")
@@ -224,7 +226,11 @@ def main():
     add("--out", default="runs/evaluate", type=flags.results, help=told)
     args = parser.parse_args()
     weights.make_folder(os.path.dirname(args.out) or ".")
-    device, _ = flags.on_device(args.device, "float32", args.threads)
+    flags.check_needed(args, seconds="over_time", train_options="ablation")
+    if args.ablation and (args.teacher or args.student or args.causal):
+        raise UserError("--ablation has weights of its own: name none")
+    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
+    count, seconds = args.clips or (20 if args.over_time else 200), args.seconds or 60
     jobs = []
     for path in args.teacher or []:
         weights.check_role(path, "teacher")
@@ -239,8 +245,11 @@ def main():
             paths = [] if kind == "causal" else [shipped(kind)]
         jobs += [(f"{kind} {os.path.relpath(path)}", kind, path) for path in paths or []]
     if args.ablation:
-        jobs = ablation_jobs(args.train_options.split())
+        jobs = ablation_jobs((args.train_options or "").split())
     if args.over_time:
+        for name, kind, _ in jobs:
+            if kind == "teacher":
+                print(f"{name} is left out: it makes clips, and no stream")
         jobs = [job for job in jobs if job[1] != "teacher"]
     if not jobs:
         raise UserError("there is nothing to measure: name --student or --causal weights")
@@ -250,14 +259,15 @@ def main():
         networks = zip((DiT, VAE, TextEncoder), (path, *files), strict=True)
         parts = [load_model(network, file, device) for network, file in networks]
         check_fit(*parts)
+        parts = [parts[0].to(dtype), parts[1].to(dtype), parts[2]]
         if args.over_time:
-            count = min(args.clips, 20)
-            rows[name] = over_time(kind, *parts, args.seconds, count, args.seed, name=name)
+            rows[name] = over_time(kind, *parts, seconds, count, args.seed, name=name)
         else:
-            rows[name] = evaluate(kind, *parts, args.clips, args.split, args.seed, name=name)
-    told = {"clips": args.clips, "split": args.split, "seed": args.seed, "rows": rows}
+            rows[name] = evaluate(kind, *parts, count, args.split, args.seed, name=name)
+    told = {"clips": count, "split": args.split, "seed": args.seed, "dtype": str(dtype)}
+    told["rows"] = rows
     if args.over_time:
-        told |= {"clips": min(args.clips, 20), "split": "held-out", "seconds": args.seconds}
+        told |= {"split": "held-out", "seconds": seconds}
     write_results(args.out, told, table(first_and_last(rows) if args.over_time else rows))
     if args.over_time:
         try:

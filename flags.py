@@ -40,6 +40,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+class Once(argparse.Action):
+    """Take a flag's value; of two, one would be lost."""
+
+    def __call__(self, parser, args, value, flag=None):
+        if getattr(args, self.dest) is not None:
+            parser.error(f"{flag} is there twice")
+        setattr(args, self.dest, value)
+
+
 def whole(low=1, high=10**9):
     """Make a flag's type: a whole number from low to high."""
 
@@ -128,7 +137,7 @@ def device_flags(parser):
     told = "of the networks; auto: bfloat16 where the hardware is fast in it"
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help=told)
     told = "of the processor (measured: one, where other programs keep the processor busy)"
-    add("--threads", type=whole(1, 1024), help=told)
+    add("--threads", type=whole(1, os.cpu_count() or 1), help=told)
 
 
 def codec_flags(parser):
@@ -169,6 +178,8 @@ def on_device(device, dtype="auto", threads=None):
     except (RuntimeError, AssertionError):  # torch without CUDA raises the second
         raise UserError(f"device {device!r} is not available here; try --device auto") from None
     device = torch.device(device)
+    if device.type == "cpu" and device.index:
+        raise UserError(f"device '{device}' is not available here: all processors are cpu")
     told = f"on {device}"
     if device.type == "cpu":
         torch.set_num_threads(threads or fastest_threads())
@@ -187,9 +198,7 @@ def check_combination(args, example):
         raise UserError(f'give one of --prompt and --prompts; try --prompt "{example}"')
     if args.image and args.video:
         raise UserError("give one of --image and --video")
-    for flag, needed in (("samples", "prompts"), ("strength", "video")):
-        if getattr(args, flag) is not None and getattr(args, needed) is None:
-            raise UserError(f"--{flag} goes with --{needed}")
+    check_needed(args, samples="prompts", strength="video")
     steering = {"image": args.image, "video": args.video, "prompt-at": args.prompt_at}
     for flag, value in steering.items():
         if value and (args.teacher or args.prompts):
@@ -197,6 +206,14 @@ def check_combination(args, example):
             raise UserError(f"--{flag} does not go with --{other}")
     if args.teacher and args.window:
         raise UserError("--window does not go with --teacher, which attends to the whole clip")
+
+
+def check_needed(args, **needed):
+    """Raise UserError for a flag that is given without the one that it needs."""
+    for flag, other in needed.items():
+        if getattr(args, flag) is not None and not getattr(args, other):
+            flag, other = flag.replace("_", "-"), other.replace("_", "-")
+            raise UserError(f"--{flag} goes with --{other}")
 
 
 def prompt_changes(prompt, changes, end):

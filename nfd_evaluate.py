@@ -22,7 +22,7 @@ from play import LOOKS, Player
 from text import TextEncoder
 from training import write_results
 from vae import VAE
-from weights import load_model, make_folder, run_main, shipped
+from weights import UserError, load_model, make_folder, run_main, shipped
 
 TEACHER_STEPS = 16
 AHEAD = 8  # frames that the player makes ahead at most
@@ -58,12 +58,12 @@ def quality_rows(vae, encoder, device, count, frames, seed):
     """Measure teacher and player on `count` random walks: name -> measures, 0 to 100."""
     rows = {}
     for name, weights, steps, ode, ahead in ROWS:
-        model = load_model(ActionDiT, shipped(weights), device)
+        model = load_model(ActionDiT, shipped(weights), device).to(vae.mean.dtype)
         generator = torch.Generator().manual_seed(seed)
         walks = sample_walks(count, frames, generator)
         parts = (model, vae, encoder(walks.prompts()), walks.actions, generator, steps)
         video = played(*parts, ahead, name) if ahead else streamed(*parts, ode, name)
-        rows[name] = measure_walks(video, walks)
+        rows[name] = measure_walks(video.float(), walks)
     return rows
 
 
@@ -133,20 +133,24 @@ def main():
     parser = bench.bench_parser(description, "runs/nfd_evaluate")
     add = parser.add_argument
     add("--bench", action="store_true", help="measure speed instead of quality")
-    add("--clips", type=flags.whole(), default=20, help="walks")
-    add("--seconds", type=flags.whole(15, 10**6), default=60, help="length of the walks")
-    add("--seed", type=flags.SEED, default=0, help="of walks and noise")
+    add("--clips", type=flags.whole(), help="walks (20)")
+    add("--seconds", type=flags.whole(15, 10**6), help="length of the walks (60)")
+    add("--seed", type=flags.SEED, help="of walks and noise (0)")
     args = parser.parse_args()
+    flags.check_needed(args, size="bench", repeats="bench")
+    if args.bench and any(v is not None for v in (args.clips, args.seconds, args.seed)):
+        raise UserError("--clips, --seconds and --seed do not go with --bench")
     make_folder(os.path.dirname(args.out) or ".")
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     if args.bench:
-        result = measure_speed(args.size, device, dtype, args.repeats)
+        result = measure_speed(args.size or "small", device, dtype, args.repeats or 5)
         write_results(args.out, result, bench.table(result))
         return
     vae = load_model(VAE, shipped("vae_frame"), device)
     encoder = load_model(TextEncoder, shipped("text_encoder"), device)
-    rows = quality_rows(vae, encoder, device, args.clips, args.seconds * FPS, args.seed)
-    told = {"clips": args.clips, "seconds": args.seconds, "seed": args.seed, "rows": rows}
+    vae, count, seconds, seed = vae.to(dtype), args.clips or 20, args.seconds or 60, args.seed or 0
+    rows = quality_rows(vae, encoder, device, count, seconds * FPS, seed)
+    told = {"clips": count, "seconds": seconds, "seed": seed, "dtype": str(dtype), "rows": rows}
     write_results(args.out, told, table(rows))
 
 

@@ -148,7 +148,7 @@ def main():
     told = 'such as "right*20,up*10,none*5"; without it a page opens on localhost'
     add("--actions", type=flags.words, help=told)
     told = "FILE.mp4, FILE.gif, or FILE.png for a sheet of frames"
-    add("--out", default="play.mp4", type=flags.words, help=told)
+    add("--out", type=flags.words, help=f"{told} (play.mp4)")
     add("--looks", default=LOOKS, type=flags.words, help="what is moved")
     add("--seed", type=flags.SEED, default=0, help="of the noise")
     add("--steps", type=flags.whole(1, 1000), help="denoising steps (the weights' own)")
@@ -162,6 +162,8 @@ def main():
     flags.codec_flags(parser)
     flags.device_flags(parser)
     args = parser.parse_args()
+    flags.check_needed(args, out="actions")
+    args.out = args.out or "play.mp4"
     actions = args.actions and parse_actions(args.actions)
     if actions:
         check_out(args.out)

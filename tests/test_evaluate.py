@@ -226,6 +226,7 @@ def test_over_time_measures_first_and_last_ten_seconds(command_line):
     assert "last 10 s" in out
     (row,) = rows_of("time").values()
     assert len(row["frame quality"]) == 12  # windows of 5 seconds, one a second, in 16
+    assert "teacher.safetensors is left out" in out
 
 
 def test_one_kind_named_without_a_file_is_the_shipped_one_alone(command_line):
@@ -233,6 +234,31 @@ def test_one_kind_named_without_a_file_is_the_shipped_one_alone(command_line):
     assert status == 0, err
     with open("table.json") as file:
         assert [name.split()[0] for name in json.load(file)["rows"]] == ["student"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seconds", 20], "--seconds goes with --over-time"),
+        (["--train-options=--steps 1"], "--train-options goes with --ablation"),
+        (["--ablation", "--student", shipped("student")], "--ablation has weights of its own"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(command_line, arguments, words):
+    status, _, err = command_line(evaluate, *arguments)
+    assert status == 2
+    assert words in err
+
+
+def test_models_are_measured_in_the_dtype_asked_for(command_line, monkeypatch):
+    def make_videos(kind, model, vae, text, generator):
+        assert model.head.head.weight.dtype == vae.mean.dtype == torch.bfloat16
+        return torch.zeros(len(text), 81, 3, 64, 64, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(evaluate, "make_videos", make_videos)
+    flags = ["--student", "--clips", 1, "--dtype", "bfloat16", "--out", "table"]
+    assert command_line(evaluate, *flags)[0] == 0
+    assert json.loads(Path("table.json").read_text())["dtype"] == "torch.bfloat16"
 
 
 def test_a_student_is_no_causal_teacher(command_line):

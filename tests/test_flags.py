@@ -82,7 +82,7 @@ def test_a_picture_that_cannot_be_written_is_refused(text):
         value(flags.picture, text)
 
 
-@pytest.mark.parametrize("name", ["warp", "meta", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("name", ["warp", "meta", "cuda:99", "cpu:x", "cpu:7"])
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(UserError, match="not available"):
         flags.on_device(name)

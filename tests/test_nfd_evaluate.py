@@ -116,6 +116,15 @@ def test_the_command_prints_the_speed_of_its_json(command_line, monkeypatch):
         assert table.read() in out
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--repeats", 2], ["--size", "small"], ["--bench", "--clips", 2]]
+)
+def test_flags_without_an_effect_are_refused(arguments, command_line):
+    status, _, err = command_line(nfd_evaluate, *arguments)
+    assert status == 2
+    assert "with --bench" in err
+
+
 @pytest.mark.parametrize("flag", ["--clips", "--repeats", "--seconds"])
 def test_numbers_that_measure_nothing_are_refused(flag, command_line):
     status, _, err = command_line(nfd_evaluate, flag, 0)
