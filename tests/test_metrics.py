@@ -2,8 +2,9 @@ import pytest
 import torch
 from conftest import generator
 
+import data
 from data import FPS, FRAMES, sample_clips
-from metrics import fit_motions, frame_quality, recover
+from metrics import fit_motions, frame_quality, measure, recover
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,99 @@ def test_the_law_of_the_right_motion_fits_best(fitted):
 def test_the_law_of_the_right_motion_fits_within_a_pixel(fitted):
     _, error = fitted
     assert error.amin(1).sqrt().max() < 1
+
+
+# ------------------------------------------------------------- what is right is right by eye, alone
+SECONDS = torch.arange(FRAMES) / FPS
+
+
+def judged(motion, spoil, shape=2):
+    """Whether a clip of a motion is called right once `spoil(x, y, radius, angle)` changed it."""
+    every = sample_clips(2000, generator(5), "all")
+    clip = every[(every.motion == motion) & (every.shape == shape)][:1]
+    x, y, radius, angle = clip.track(SECONDS)
+    shapes = clip.shape.expand(FRAMES)
+    spoiled = spoil(x, y, radius, angle) or (x, y, radius, angle)
+    if len(spoiled) == 5:
+        *spoiled, shapes = spoiled
+    frames = (v.expand(FRAMES) for v in (clip.colour, shapes, clip.background))
+    video = data.draw(*frames, *(v.view(FRAMES, 1) for v in spoiled)).movedim(1, 0)
+    return measure(video, clip)["text alignment"].item() == 100
+
+
+def as_it_is(x, y, radius, angle):
+    return x, y, radius, angle
+
+
+def jittered(x, y, radius, angle):
+    g = generator(1)
+    x, y = (v + 0.3 * torch.randn(v.shape, generator=g) for v in (x, y))
+    return x, y, radius * (1 + 0.02 * torch.randn(x.shape, generator=g)), angle
+
+
+@pytest.mark.parametrize("spoil", [as_it_is, jittered])
+@pytest.mark.parametrize("motion", range(8))
+def test_a_motion_is_right_also_with_a_jitter(motion, spoil):
+    assert judged(motion, spoil)
+
+
+def looped(x, y, radius, angle):
+    """A sine on each axis."""
+    return 32 + 16 * torch.sin(1.3 * SECONDS)[None], 32 + 16 * torch.sin(1.7 * SECONDS)[None]
+
+
+def turned_early(x, y, radius, angle):
+    """Turns five pixels before the walls."""
+    wall = radius * data.REACH + 6
+    x = data.reflect(x[:, :1] - wall + 18 * SECONDS, wall)
+    return x, data.reflect(y[:, :1] - wall + 14 * SECONDS, wall)
+
+
+def sped_up(x, y, radius, angle):
+    """Goes half as fast for half of the clip."""
+    half = torch.cat([torch.arange(40) / 2, 20 + torch.arange(41.0)]).long()
+    return x[:, half], y[:, half]
+
+
+@pytest.mark.parametrize("path", [looped, turned_early, sped_up])
+def test_a_bounce_that_bends_is_no_bounce(path):
+    def spoil(x, y, radius, angle):
+        return *path(x, y, radius, angle), radius, angle
+
+    assert not judged(data.BOUNCE, spoil)
+
+
+def test_a_spin_that_becomes_another_shape_is_wrong():
+    def spoil(x, y, radius, angle):
+        return x, y, radius, angle, torch.where(SECONDS < 3, 2, 1)
+
+    assert not judged(data.SPIN, spoil)
+
+
+def test_a_spin_that_stops_is_no_spin():
+    def spoil(x, y, radius, angle):
+        return x, y, radius, angle[:, torch.arange(FRAMES).clamp(max=40)]
+
+    assert not judged(data.SPIN, spoil)
+
+
+@pytest.mark.parametrize("motion", [data.CLOCKWISE, data.COUNTER])
+def test_an_ellipse_is_no_circle(motion):
+    def spoil(x, y, radius, angle):
+        return x, 32 + 0.5 * (y - 32), radius, angle
+
+    assert not judged(motion, spoil)
+
+
+def test_a_slide_that_sinks_is_no_slide():
+    def spoil(x, y, radius, angle):
+        return x, y + 3 * SECONDS - 7, radius, angle
+
+    assert not judged(data.SLIDE, spoil)
+
+
+def test_what_pulses_in_its_place_and_drifts_is_wrong():
+    def spoil(x, y, radius, angle):
+        return x + 2 * SECONDS - 5, y, radius, angle
+
+    assert not judged(data.PULSE, spoil)
