@@ -27,6 +27,7 @@ from vae import VAE
 from weights import ROOT, UserError, load_model, shipped
 
 AHEAD = 12  # frames that wait to be shown, at most: a chunk of the text model
+WAIT = 2  # seconds for the body of a request, which comes with its headers
 KNOWN = {"colours": COLOURS, "shapes": SHAPES, "backgrounds": BACKGROUNDS, "motions": MOTIONS}
 
 
@@ -249,14 +250,21 @@ def handler(show):
         def do_POST(self):
             if self.refused():
                 return
+            length = self.headers.get("Content-Length", "")
+            if self.path != "/steer" or not re.fullmatch("[1-9][0-9]{0,3}", length):
+                self.answer(400, b"POST a wish of less than 10000 bytes to /steer")
+                return
             try:
-                length = int(self.headers.get("Content-Length", ""))
-                if self.path != "/steer" or not 0 < length < 2000:
-                    raise ValueError("POST a wish of less than 2000 bytes to /steer")
-                show.steer(json.loads(self.rfile.read(length)))
+                self.connection.settimeout(WAIT)
+                show.steer(json.loads(self.rfile.read(int(length))))
+                self.connection.settimeout(self.timeout)
                 self.answer(200, b"{}", "application/json")
-            except (ValueError, RecursionError) as error:  # no number, JSON, UTF-8, or wish
-                self.answer(400, str(error).encode(errors="replace"))
+            except TimeoutError:
+                self.answer(408, b"the wish is shorter than its Content-Length")
+            except (json.JSONDecodeError, UnicodeError, RecursionError):
+                self.answer(400, b"a wish is JSON in UTF-8")
+            except ValueError as error:
+                self.answer(400, str(error).encode())
 
         def log_message(self, *_):
             pass

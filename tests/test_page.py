@@ -459,6 +459,19 @@ def test_junk_is_refused_and_harms_nothing(page, junk):
     assert watch(port, 2)
 
 
+@pytest.mark.parametrize("junk", ["{", '{"looks": "\\ud800"}', b"\xff\xfe"])
+def test_what_is_no_json_is_told_in_plain_words(page, junk):
+    json_type = {"Content-Type": "application/json"}
+    assert ask(page[0], "POST", "/steer", junk, **json_type)[1] == b"a wish is JSON in UTF-8"
+
+
+def test_a_body_shorter_than_it_says_is_soon_refused(page):
+    json_type = {"Content-Type": "application/json", "Content-Length": "99"}
+    started = time.monotonic()
+    assert ask(page[0], "POST", "/steer", "{}", **json_type)[0] == 408
+    assert time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
