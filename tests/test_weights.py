@@ -1,6 +1,7 @@
 import json
 import os
 import struct
+import subprocess
 import sys
 import time
 
@@ -15,6 +16,7 @@ from nfd_teacher import ActionConfig, ActionDiT
 from text import TextConfig, TextEncoder
 from vae import VAE, VAEConfig
 from weights import (
+    ROOT,
     UserError,
     beside,
     check_fit,
@@ -27,6 +29,7 @@ from weights import (
     read_weights,
     save_weights,
     shipped,
+    written,
 )
 
 
@@ -334,3 +337,25 @@ def test_weights_of_another_role_are_refused():
 def test_weights_of_the_right_role_are_taken():
     for name in ("student", "ode_init"):
         check_role(shipped(name), "student")
+
+
+# ------------------------------------------------------------------------------ the command line
+def test_a_reader_that_goes_away_ends_a_script_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    script = "import weights; weights.run_main(lambda: print('x' * 10**6))"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_two_processes_that_write_one_file_do_not_meet(tmp_path):
+    path = str(tmp_path / "a.json")
+    with written(path) as file:
+        script = f"import weights\nwith weights.written({path!r}) as file: file.write(b'theirs')"
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+        file.write(b"ours")
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"ours"
