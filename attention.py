@@ -8,6 +8,7 @@ own; in sampling those of past chunks come from the cache.
     python attention.py     draws the block-causal mask to mask.png
 """
 
+import launch
 import functools
 
 import torch
@@ -192,6 +193,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import weights
-
-    weights.run_main(main)
+    launch.run_main(main)

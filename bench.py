@@ -7,6 +7,7 @@ Every time is the median of several, taken in turns, so that what else a machine
 rows alike.
 """
 
+import launch
 import itertools
 import os
 import statistics
@@ -24,7 +25,7 @@ from sample import PROMPT, denoise_chunk, remember_chunk, text_to_video
 from text import TextConfig, TextEncoder
 from training import write_results
 from vae import VAE, VAEConfig
-from weights import hardware, load_model, make_folder, run_main, shipped
+from weights import hardware, load_model, make_folder, shipped
 
 LARGE = {"freq_dim": 256, "in_dim": 16, "out_dim": 16}
 SIZES = {  # fields of the transformer's config, or None for the shipped one; height, width
@@ -288,4 +289,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

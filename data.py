@@ -6,6 +6,7 @@ which: "a red circle bouncing on a black background". All is drawn in torch, on 
     python data.py          draws a sheet of samples to shapes.png
 """
 
+import launch
 import math
 from dataclasses import dataclass, fields
 
@@ -230,6 +231,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import weights
-
-    weights.run_main(main)
+    launch.run_main(main)

@@ -3,6 +3,7 @@
 python dmd.py       distils the shipped teacher into the shipped ODE-initialised student
 """
 
+import launch
 import copy
 
 import torch
@@ -20,7 +21,7 @@ from ode_init import chunk_levels
 from sample import PROMPT, denoise_chunk, predict_x0, remember_chunk
 from text import TextEncoder
 from vae import VAE
-from weights import check_fit, load_model, made_with, run_main, shipped
+from weights import check_fit, load_model, made_with, shipped
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -151,8 +152,7 @@ class Distillation:
 
 
 def main():
-    description = "Distil the teacher into the causal few-step student."
-    parser = flags.model_parser(description, 450, 8, 1e-4, "runs/dmd")
+    parser = flags.model_parser("Distil the teacher into a student.", 450, 8, 1e-4, "runs/dmd")
     add = parser.add_argument
     add("--guidance", type=flags.real(0), default=GUIDANCE, help="of the teacher")
     told = "of the fake score for one of the student"
@@ -209,4 +209,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

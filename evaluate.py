@@ -5,6 +5,7 @@ Everything is measured from the pixels alone (metrics.py).
     python evaluate.py      samples the shipped teacher and student with held-out prompts
 """
 
+import launch
 import functools
 import os
 import subprocess
@@ -25,7 +26,7 @@ from model import DiT
 from text import TextEncoder
 from training import write_results
 from vae import VAE
-from weights import ROOT, UserError, check_fit, load_model, run_main, shipped
+from weights import ROOT, UserError, check_fit, load_model, shipped
 
 SPAN = 5 * FPS  # frames of a window of `over_time`
 
@@ -277,4 +278,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

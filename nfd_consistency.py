@@ -10,6 +10,7 @@ every other of the player's own times: a frame is nearly certain once the past i
 finer solver adds is the teacher's uncertainty of where the shape is, as jitter.
 """
 
+import launch
 import copy
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from nfd_teacher import WALK, ActionDiT, WalkLatents, draw_walk_times, own_past,
 from nfd_world import sample_walks
 from text import TextEncoder
 from vae import VAE
-from weights import check_fit, check_role, load_model, made_with, run_main, shipped
+from weights import check_fit, check_role, load_model, made_with, shipped
 
 
 def consistency_loss(student, target, teacher, x0, level, times, text, generator, **attention):
@@ -120,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

@@ -4,6 +4,7 @@ python nfd_evaluate.py              quality of teacher and player, over streams 
 python nfd_evaluate.py --bench      frames/s, with and without speculative sampling
 """
 
+import launch
 import functools
 import itertools
 import os
@@ -22,7 +23,7 @@ from play import LOOKS, Player
 from text import TextEncoder
 from training import write_results
 from vae import VAE
-from weights import UserError, load_model, make_folder, run_main, shipped
+from weights import UserError, load_model, make_folder, shipped
 
 TEACHER_STEPS = 16
 AHEAD = 8  # frames that the player makes ahead at most
@@ -155,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

@@ -3,6 +3,7 @@
 python nfd_teacher.py       makes it of the shipped text-to-video teacher
 """
 
+import launch
 import copy
 import functools
 import itertools
@@ -24,7 +25,7 @@ from sample import chunk_shape, denoise_chunk, from_noise, remember_chunk, strea
 from teacher import draw_chunk_times, drop_prompts
 from text import TextEncoder
 from vae import VAE
-from weights import beside, check_fit, load_model, read_weights, run_main, shipped
+from weights import beside, check_fit, load_model, read_weights, shipped
 
 WALK = 96  # frames of a walk in the training set
 
@@ -278,4 +279,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

@@ -5,12 +5,13 @@ An action must show in the next frame, so frames are not merged in time.
 python nfd_vae.py       makes it of the shipped VAE, and trains it on
 """
 
+import launch
 from dataclasses import replace
 
 import flags
 import training
 from vae import VAE, train_vae, vae_loss
-from weights import load_model, run_main, shipped
+from weights import load_model, shipped
 
 
 def frame_wise(vae):
@@ -38,4 +39,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

@@ -4,6 +4,7 @@
     python ode_init.py      solves the trajectories, then trains the student on them
 """
 
+import launch
 import os
 
 import torch
@@ -19,7 +20,7 @@ from evaluate import fixed_sheet
 from model import DiT
 from text import TextEncoder
 from vae import VAE
-from weights import UserError, check_fit, file_hash, load_model, made_with, run_main, shipped
+from weights import UserError, check_fit, file_hash, load_model, made_with, shipped
 
 
 def student_grid(solver_steps, student_steps):
@@ -133,4 +134,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

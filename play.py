@@ -4,6 +4,7 @@ python play.py                                                      a page on lo
 python play.py --actions right*20,up*10,none*5 --out play.mp4       plays a script
 """
 
+import launch
 import copy
 import time
 
@@ -19,7 +20,7 @@ from nfd_world import ACTIONS
 from sample import chunk_shape, denoise_chunk, remember_chunk
 from text import TextEncoder
 from vae import VAE
-from weights import UserError, load_model, run_main, shipped
+from weights import UserError, load_model, shipped
 
 NAMES = list(ACTIONS)
 MOST = 1_000_000  # actions of a script
@@ -197,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

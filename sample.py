@@ -6,6 +6,7 @@ A stream goes on for as long as one likes, starts from an image, follows another
 new prompts on the way: `stream` is the loop, and what varies comes in from outside.
 """
 
+import launch
 import functools
 import itertools
 import math
@@ -23,7 +24,7 @@ from media import check_out, read_image, read_prompts, read_video, until_interru
 from model import DiT
 from text import TextEncoder
 from vae import VAE
-from weights import UserError, check_fit, load_model, run_main, shipped
+from weights import UserError, check_fit, load_model, shipped
 
 PROMPT = "a red circle bouncing on a black background"
 
@@ -276,4 +277,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

@@ -4,6 +4,7 @@ python teacher.py               trains both on latents of the shapes world
 python teacher.py --causal      makes a causal many-step teacher of the shipped one (Table 4)
 """
 
+import launch
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from evaluate import fixed_sheet
 from model import DiT
 from text import TextConfig, TextEncoder
 from vae import VAE
-from weights import UserError, check_fit, load_model, made_with, run_main, shipped
+from weights import UserError, check_fit, load_model, made_with, shipped
 
 
 # --------------------------------------------------------------------------------- what is drawn
@@ -122,8 +123,7 @@ def train_causal(run, model, encoder, vae, data):
 
 
 def main():
-    description = "Train the bidirectional teacher and the text encoder."
-    parser = flags.model_parser(description, 1600, 16, 2e-3, "runs/teacher")
+    parser = flags.model_parser("Train teacher and text encoder.", 1600, 16, 2e-3, "runs/teacher")
     add = parser.add_argument
     add("--clips", type=flags.whole(), default=3072, help="clips to train on")
     told = "small, or a JSON file with fields of ModelConfig"
@@ -167,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

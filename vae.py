@@ -8,6 +8,7 @@ the next one: F = 1 + 4 (T - 1).
     python vae.py       trains it on the shapes world
 """
 
+import launch
 import copy
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import flags
 import training
 from data import FRAMES, sample_clips
 from media import save_sheet
-from weights import load_model, run_main, shipped
+from weights import load_model, shipped
 
 
 @dataclass
@@ -257,8 +258,7 @@ def train_vae(run, name, vae, loss, trained, begin=0.0):
 
 
 def main():
-    description = "Train the causal video autoencoder on the shapes world."
-    parser = flags.training_parser(description, 1500, 8, 2e-3, "runs/vae")
+    parser = flags.training_parser("Train the causal video autoencoder.", 1500, 8, 2e-3, "runs/vae")
     told = "train the shipped decoder alone: latents, and all trained on them, stay as they are"
     parser.add_argument("--decoder-only", action="store_true", help=told)
     args = parser.parse_args()
@@ -272,4 +272,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    launch.run_main(main)

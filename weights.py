@@ -1,4 +1,4 @@
-"""Weights files in and out, errors that a user can mend, device and dtype.
+"""Weights files in and out.
 
 Weights are safetensors files whose metadata holds the network's config as JSON and where the
 weights came from. Nothing from a file is ever executed.
@@ -10,9 +10,9 @@ import json
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
+from launch import UserError
 from dataclasses import asdict, fields
 
 import torch
@@ -27,30 +27,6 @@ WEIGHTS = os.path.join(ROOT, "weights")
 def shipped(name):
     """Path of the weights that come with the project: "vae", "teacher", "student" ..."""
     return os.path.join(WEIGHTS, f"{name}.safetensors")
-
-
-class UserError(Exception):
-    """Something the user can put right: shown as one line on stderr, exit status 2."""
-
-
-def run_main(main):
-    """Call main() as a command line does: UserError ends with status 2, Ctrl-C with status 130."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal may not have every letter
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C does, where nothing else takes them
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, name), signal.default_int_handler)
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # nobody reads what is printed, as in `python data.py | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def make_folder(path):

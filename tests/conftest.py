@@ -1,3 +1,4 @@
+import launch
 import contextlib
 import math
 import sys
@@ -11,7 +12,6 @@ from nfd_teacher import ActionConfig, ActionDiT
 from text import TextEncoder
 from training import Run
 from vae import VAE, VAEConfig
-from weights import run_main
 
 TINY = {"dim": 16, "ffn_dim": 16, "freq_dim": 8, "num_heads": 1, "num_layers": 1}
 THREADS = torch.get_num_threads()
@@ -88,7 +88,7 @@ def command_line(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         status = 0
         try:
-            run_main(module.main)
+            launch.run_main(module.main)
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()

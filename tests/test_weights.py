@@ -343,7 +343,7 @@ def test_weights_of_the_right_role_are_taken():
 def test_a_reader_that_goes_away_ends_a_script_without_a_word():
     read, write = os.pipe()
     os.close(read)
-    script = "import weights; weights.run_main(lambda: print('x' * 10**6))"
+    script = "import launch; launch.run_main(lambda: print('x' * 10**6))"
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, stdout=write, stderr=subprocess.PIPE
     )
@@ -359,3 +359,9 @@ def test_two_processes_that_write_one_file_do_not_meet(tmp_path):
         file.write(b"ours")
     assert os.listdir(tmp_path) == ["a.json"]
     assert (tmp_path / "a.json").read_bytes() == b"ours"
+
+
+def test_ctrl_c_while_modules_load_is_no_traceback():
+    script = "import launch; raise KeyboardInterrupt"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (130, b"")

@@ -1,0 +1,42 @@
+"""How a script starts and ends: Ctrl-C, and errors that a user can mend.
+
+Every script imports this module first: to import torch takes seconds, and Ctrl-C may come then.
+"""
+
+import os
+import signal
+import sys
+
+
+def end_quietly(kind, error, traceback):
+    """End on Ctrl-C without a traceback, also before `run_main`; show any other error."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = end_quietly
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line on stderr, exit status 2."""
+
+
+def run_main(main):
+    """Call main() as a command line does: UserError ends with status 2, Ctrl-C with status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may not have every letter
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C does, where nothing else takes them
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # nobody reads what is printed, as in `python data.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
