@@ -18,7 +18,7 @@ from tqdm import tqdm
 import flags
 import sample
 import weights
-from data import FPS, FRAMES, sample_clips
+from data import FPS, FRAMES, MOTIONS, sample_clips
 from diffusion import TEACHER_STEPS, noise_source, with_null
 from media import save_sheet
 from metrics import Recovered, diversity, fixed_set, health, measure, recover
@@ -74,7 +74,8 @@ def fixed_sheet(kind, model, vae, encoder, path, steps=TEACHER_STEPS):
 def evaluate(
     kind, model, vae, encoder, count=200, split="held-out", seed=0, batch=10, name="model"
 ):
-    """Measure `count` clips sampled with prompts of a split: name -> 0 .. 100.
+    """Measure `count` clips sampled with prompts of a split: name -> 0 .. 100, and of each motion
+    the text alignment.
 
     Diversity is measured on 16 clips for each of the first 4 prompts beside them, fewer prompts if
     `count` is below 64.
@@ -92,10 +93,12 @@ def evaluate(
             text = encoder(clips[index : index + 1].prompts() * 16)
             made.append(make_videos(kind, model, vae, text, generator).float().cpu())
             bar.update(16)
-    result = {key: torch.cat([v[key] for v in values]).mean().item() for key in values[0]}
+    values = {key: torch.cat([v[key] for v in values]) for key in values[0]}
+    result = {key: value.mean().item() for key, value in values.items()}
     if made:
         result["diversity"] = diversity(torch.stack(made), clips[:groups])
-    return result
+    right = {m: values["text alignment"][clips.motion == i] for i, m in enumerate(MOTIONS)}
+    return result | {"motions": {m: v.mean().item() for m, v in right.items() if len(v)}}
 
 
 def over_time(kind, model, vae, encoder, seconds=60, count=20, seed=0, batch=5, name="model"):
@@ -133,7 +136,8 @@ def first_and_last(rows):
 
 def table(rows):
     """Rows name -> measures as a markdown table."""
-    hidden = ("identity", "steadiness", "track")  # they make up the temporal quality
+    # three make up the temporal quality; of each motion there is a table of its own
+    hidden = ("identity", "steadiness", "track", "motions")
     columns = dict.fromkeys(c for row in rows.values() for c in row if c not in hidden)
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
@@ -269,7 +273,10 @@ def main():
     told["rows"] = rows
     if args.over_time:
         told |= {"split": "held-out", "seconds": seconds}
-    write_results(args.out, told, table(first_and_last(rows) if args.over_time else rows))
+    text = table(first_and_last(rows) if args.over_time else rows)
+    if not args.over_time:
+        text += "\n\n" + table({f"{n}, of each motion": row["motions"] for n, row in rows.items()})
+    write_results(args.out, told, text)
     if args.over_time:
         try:
             draw_over_time(rows, args.out + ".png")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import evaluate
 from data import sample_clips
 from metrics import diversity, fixed_set, health, measure
+from text import TextEncoder
 from weights import save_weights, shipped
 
 
@@ -169,6 +170,19 @@ def test_table_has_a_row_for_each_model():
     lines = evaluate.table({"teacher": teacher, "student": student}).splitlines()
     assert lines[2].startswith("| teacher | 95.0 |")
     assert len(lines) == 4
+
+
+def test_the_text_alignment_of_each_motion_is_told(monkeypatch):
+    def make_videos(kind, model, vae, text, generator):
+        return clips.render()  # all as prompted, but for those that move
+
+    clips = sample_clips(10, generator(), "held-out")
+    clips.rate[:] = 0
+    monkeypatch.setattr(evaluate, "make_videos", make_videos)
+    told = evaluate.evaluate("student", None, None, TextEncoder(), 10, split="held-out")["motions"]
+    assert told.pop("standing still") == 100
+    assert told
+    assert set(told.values()) == {0}
 
 
 def rows_of(name):
