@@ -1,6 +1,7 @@
 import launch
 import contextlib
 import math
+import signal
 import sys
 
 import pytest
@@ -16,6 +17,11 @@ from vae import VAE, VAEConfig
 TINY = {"dim": 16, "ffn_dim": 16, "freq_dim": 8, "num_heads": 1, "num_layers": 1}
 THREADS = torch.get_num_threads()
 PROMPT = "a red circle bouncing on a black background"
+
+
+for name in ("SIGINT", "SIGHUP"):  # what a background job ignores, so would the scripts it starts
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
