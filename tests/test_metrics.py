@@ -68,7 +68,8 @@ SECONDS = torch.arange(FRAMES) / FPS
 def judged(motion, spoil, shape=2):
     """Whether a clip of a motion is called right once `spoil(x, y, radius, angle)` changed it."""
     every = sample_clips(2000, generator(5), "all")
-    clip = every[(every.motion == motion) & (every.shape == shape)][:1]
+    clips = every[(every.motion == motion) & (every.shape == shape)]
+    clip = clips[clips.radius.argsort()[-1:]]  # the largest: its paths are the shortest
     x, y, radius, angle = clip.track(SECONDS)
     shapes = clip.shape.expand(FRAMES)
     spoiled = spoil(x, y, radius, angle) or (x, y, radius, angle)
@@ -96,8 +97,9 @@ def test_a_motion_is_right_also_with_a_jitter(motion, spoil):
 
 
 def looped(x, y, radius, angle):
-    """A sine on each axis."""
-    return 32 + 16 * torch.sin(1.3 * SECONDS)[None], 32 + 16 * torch.sin(1.7 * SECONDS)[None]
+    """A sine from wall to wall on each axis."""
+    reach = 32 - radius * data.REACH - 1
+    return 32 + reach * torch.sin(1.6 * SECONDS), 32 + reach * torch.sin(2.1 * SECONDS)
 
 
 def turned_early(x, y, radius, angle):
@@ -126,6 +128,13 @@ def test_a_spin_that_becomes_another_shape_is_wrong():
         return x, y, radius, angle, torch.where(SECONDS < 3, 2, 1)
 
     assert not judged(data.SPIN, spoil)
+
+
+def test_a_shape_that_becomes_another_at_the_end_is_wrong():
+    def spoil(x, y, radius, angle):
+        return x, y, radius, angle, torch.where(SECONDS < 4, 2, 1)
+
+    assert not judged(data.STILL, spoil)
 
 
 def test_a_spin_that_stops_is_no_spin():
