@@ -8,6 +8,7 @@ Everything is measured from the pixels alone (metrics.py).
 import launch
 import functools
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -29,6 +30,8 @@ from vae import VAE
 from weights import ROOT, UserError, check_fit, load_model, shipped
 
 SPAN = 5 * FPS  # frames of a window of `over_time`
+# how a model is sampled -> the stage that its weights name
+ROLES = {"teacher": "teacher", "causal": "causal teacher", "student": "student"}
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -212,7 +215,8 @@ def main():
     add("--teacher", help=told, **files)
     told = "weights to stream in few steps (with no weights at all the shipped)"
     add("--student", help=told, **files)
-    add("--causal", default=[], help="weights to stream in many guided steps (none)", **files)
+    told = "weights to stream in many guided steps (none)"
+    add("--causal", help=told, **files | {"nargs": "+"})
     told = "the paper's Table 4 instead, after training what is missing"
     add("--ablation", action="store_true", help=told)
     told = 'flags for the trainings of --ablation: --train-options="--steps 600 --lr 1e-3" (none)'
@@ -223,34 +227,34 @@ def main():
     told = "of each model (200; with --over-time 20)"
     add("--clips", type=flags.whole(), help=told)
     told = "the prompts' combinations"
-    add("--split", default="held-out", choices=["held-out", "train"], help=told)
+    add("--split", choices=["held-out", "train"], help=f"{told} (held-out)")
     add("--seed", type=flags.SEED, default=0, help="of clips and noise")
     flags.codec_flags(parser)
     flags.device_flags(parser)
+    parser.set_defaults(dtype="float32")  # what is measured depends on no machine's fast one
     told = "FILE: writes FILE.json and FILE.md, and with --over-time FILE.png"
     add("--out", default="runs/evaluate", type=flags.results, help=told)
     args = parser.parse_args()
-    weights.make_folder(os.path.dirname(args.out) or ".")
     flags.check_needed(args, seconds="over_time", train_options="ablation")
-    if args.ablation and (args.teacher or args.student or args.causal):
-        raise UserError("--ablation has weights of its own: name none")
+    named = [kind for kind in ROLES if getattr(args, kind) is not None]
+    if args.ablation and named:
+        raise UserError(f"--{named[0]} does not go with --ablation, which has its own weights")
+    if args.over_time and args.split:
+        raise UserError("--split does not go with --over-time, whose prompts are held out")
+    weights.make_folder(os.path.dirname(args.out) or ".")
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
-    count, seconds = args.clips or (20 if args.over_time else 200), args.seconds or 60
+    count = args.clips or (20 if args.over_time else 200)
+    seconds, split = args.seconds or 60, args.split or "held-out"
     jobs = []
-    for path in args.teacher or []:
-        weights.check_role(path, "teacher")
-    for path in args.student or []:
-        weights.check_role(path, "student")
-    for path in args.causal:
-        weights.check_role(path, "causal teacher")
-    nothing = args.teacher is None and args.student is None and not args.causal
-    for kind in ("teacher", "causal", "student"):
+    for kind, role in ROLES.items():
         paths = getattr(args, kind)
-        if paths == [] or (paths is None and nothing):
-            paths = [] if kind == "causal" else [shipped(kind)]
-        jobs += [(f"{kind} {os.path.relpath(path)}", kind, path) for path in paths or []]
+        if paths == [] or (not named and kind != "causal"):
+            paths = [shipped(kind)]
+        for path in paths or []:
+            weights.check_role(path, role)
+            jobs.append((f"{kind} {os.path.relpath(path)}", kind, path))
     if args.ablation:
-        jobs = ablation_jobs((args.train_options or "").split())
+        jobs = ablation_jobs(shlex.split(args.train_options or ""))
     if args.over_time:
         for name, kind, _ in jobs:
             if kind == "teacher":
@@ -268,14 +272,13 @@ def main():
         if args.over_time:
             rows[name] = over_time(kind, *parts, seconds, count, args.seed, name=name)
         else:
-            rows[name] = evaluate(kind, *parts, count, args.split, args.seed, name=name)
-    told = {"clips": count, "split": args.split, "seed": args.seed, "dtype": str(dtype)}
-    told["rows"] = rows
+            rows[name] = evaluate(kind, *parts, count, split, args.seed, name=name)
+    told = {"clips": count, "split": split, "seed": args.seed, "dtype": str(dtype), "rows": rows}
     if args.over_time:
-        told |= {"split": "held-out", "seconds": seconds}
-    text = table(first_and_last(rows) if args.over_time else rows)
-    if not args.over_time:
-        text += "\n\n" + table({f"{n}, of each motion": row["motions"] for n, row in rows.items()})
+        told, text = told | {"seconds": seconds}, table(first_and_last(rows))
+    else:
+        motions = {f"{name}, of each motion": row["motions"] for name, row in rows.items()}
+        text = f"{table(rows)}\n\n{table(motions)}"
     write_results(args.out, told, text)
     if args.over_time:
         try:

@@ -1,6 +1,7 @@
 """How a script starts and ends: Ctrl-C, and errors that a user can mend.
 
-Every script imports this module first: to import torch takes seconds, and Ctrl-C may come then.
+Every script imports this module first of all, since it may be stopped in the seconds that importing
+torch takes. Whoever else imports it keeps Python's own way to end.
 """
 
 import os
@@ -15,7 +16,9 @@ def end_quietly(kind, error, traceback):
     sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = end_quietly
+script = getattr(sys.modules["__main__"], "__file__", None)  # None: at a prompt, or python -c
+if script and os.path.dirname(os.path.abspath(script)) == os.path.dirname(__file__):
+    sys.excepthook = end_quietly
 
 
 class UserError(Exception):

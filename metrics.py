@@ -14,6 +14,7 @@ from data import FPS, REACH, SHAPES, SIZE
 
 PALETTE = data.palette(data.COLOURS)  # [8, 3]
 BACKDROPS = data.palette(data.BACKGROUNDS)  # [4, 3]
+AREA = torch.tensor([n * i * math.sin(math.pi / n) * o**2 for n, o, i, _ in SHAPES.values()])
 SMALLEST = 4.0  # pixels: a smaller radius is no shape (the data's smallest is 6.5)
 
 
@@ -74,9 +75,8 @@ def recover(video):
     rho, a = (dx * dx + dy * dy).sqrt(), torch.atan2(dx, -dy)
 
     candidates = []
-    for index, (n, outer, inner, turn) in enumerate(SHAPES.values()):
-        # the area of a star is n inner sin(pi / n) times the square of its outer radius
-        radius = (area / (n * inner * math.sin(math.pi / n))).sqrt() / outer
+    for index, (n, outer, _, turn) in enumerate(SHAPES.values()):
+        radius = (area / AREA[index]).sqrt()
         # the n-th moment of the cover points to its tips
         moment = cover * (rho / radius[:, None, None]).clamp(max=2 * outer) ** min(n, 6)
         sine = (moment * torch.sin(n * a)).sum((1, 2))
@@ -176,12 +176,6 @@ def fit_motions(found, shape):
     spin = _fit_spin(found.angle, size, points, seconds)
     error[:, data.SPIN] = var_x + var_y + var_r + spin
     error[shape == 0, data.SPIN] = math.inf  # a circle does not spin
-    # a path of slow turns, a sine on each axis, is no bounce
-    loop = torch.exp(1j * (2 * math.pi / torch.linspace(2, 12, 81))[:, None] * seconds)
-    loop = torch.stack([one.real[:1].expand(81, -1), loop.real, loop.imag], dim=-1)
-    least, most = torch.zeros_like(size), torch.full_like(size, SIZE)
-    bent = _fit(x, loop, least, most) + _fit(y, loop, least, most) + var_r + upright
-    error[bent < error[:, data.BOUNCE], data.BOUNCE] += SIZE**2
     return error
 
 
@@ -221,7 +215,9 @@ def measure(video, clips, found=None):
     motion = torch.where(least < LOST[motion] ** 2, motion, -1)
     visible = found.radius >= SMALLEST  # [B, F]
     shown = visible.float().mean(1) > 0.5  # [B]
-    clear = found.radius >= CLEAR
+    # the radius that the prompted shape has in the area that was found
+    size = found.radius * (AREA[found.shape] / AREA[clips.shape][:, None]).sqrt()
+    clear = size >= CLEAR
     kept = ((found.shape == clips.shape[:, None]) & clear).sum(1) >= 0.9 * clear.sum(1)
     right = {
         "colour": (colour == clips.colour) & shown,

@@ -59,12 +59,12 @@ def quality_rows(vae, encoder, device, count, frames, seed):
     """Measure teacher and player on `count` random walks: name -> measures, 0 to 100."""
     rows = {}
     for name, weights, steps, ode, ahead in ROWS:
-        model = load_model(ActionDiT, shipped(weights), device).to(vae.mean.dtype)
+        model = load_model(ActionDiT, shipped(weights), device)
         generator = torch.Generator().manual_seed(seed)
         walks = sample_walks(count, frames, generator)
         parts = (model, vae, encoder(walks.prompts()), walks.actions, generator, steps)
         video = played(*parts, ahead, name) if ahead else streamed(*parts, ode, name)
-        rows[name] = measure_walks(video.float(), walks)
+        rows[name] = measure_walks(video, walks)
     return rows
 
 
@@ -137,21 +137,23 @@ def main():
     add("--clips", type=flags.whole(), help="walks (20)")
     add("--seconds", type=flags.whole(15, 10**6), help="length of the walks (60)")
     add("--seed", type=flags.SEED, help="of walks and noise (0)")
+    parser.set_defaults(dtype=None)
     args = parser.parse_args()
-    flags.check_needed(args, size="bench", repeats="bench")
+    flags.check_needed(args, size="bench", repeats="bench", dtype="bench")
     if args.bench and any(v is not None for v in (args.clips, args.seconds, args.seed)):
         raise UserError("--clips, --seconds and --seed do not go with --bench")
     make_folder(os.path.dirname(args.out) or ".")
-    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
+    dtype = args.dtype or ("auto" if args.bench else "float32")
+    device, dtype = flags.on_device(args.device, dtype, args.threads)
     if args.bench:
         result = measure_speed(args.size or "small", device, dtype, args.repeats or 5)
         write_results(args.out, result, bench.table(result))
         return
     vae = load_model(VAE, shipped("vae_frame"), device)
     encoder = load_model(TextEncoder, shipped("text_encoder"), device)
-    vae, count, seconds, seed = vae.to(dtype), args.clips or 20, args.seconds or 60, args.seed or 0
+    count, seconds, seed = args.clips or 20, args.seconds or 60, args.seed or 0
     rows = quality_rows(vae, encoder, device, count, seconds * FPS, seed)
-    told = {"clips": count, "seconds": seconds, "seed": seed, "dtype": str(dtype), "rows": rows}
+    told = {"clips": count, "seconds": seconds, "seed": seed, "rows": rows}
     write_results(args.out, told, table(rows))
 
 

@@ -251,8 +251,9 @@ def handler(show):
             if self.refused():
                 return
             length = self.headers.get("Content-Length", "")
-            if self.path != "/steer" or not re.fullmatch("[1-9][0-9]{0,3}", length):
-                self.answer(400, b"POST a wish of less than 10000 bytes to /steer")
+            counted = length.isdecimal() and len(length) < 5 and 0 < int(length) < 2000
+            if self.path != "/steer" or not counted:
+                self.answer(400, b"POST a wish of less than 2000 bytes to /steer")
                 return
             try:
                 self.connection.settimeout(WAIT)

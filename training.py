@@ -7,6 +7,7 @@ and random state. A run stopped at any moment and resumed ends in the same weigh
 """
 
 import functools
+import glob
 import json
 import math
 import os
@@ -130,7 +131,8 @@ def start_run(args):
         compare_settings(args.out, saved.get("settings", {"lr": rates[0][0]}), settings)
     elif args.resume:
         # all that a run leaves that was stopped before its first checkpoint
-        if not os.path.isdir(args.out) or set(os.listdir(args.out)) - {"log.jsonl"}:
+        found = os.listdir(args.out) if os.path.isdir(args.out) else ["no folder"]
+        if any(name != "log.jsonl" and not name.startswith(".checkpoint.pt.") for name in found):
             raise UserError(f"nothing to resume: {args.out} has no checkpoint.pt")
         print(f"{args.out} has no checkpoint yet: it begins, with what was prepared for it")
     elif os.path.exists(path):
@@ -140,6 +142,8 @@ def start_run(args):
         )
     weights.make_folder(args.out)
     lock(os.path.realpath(args.out))
+    for left in glob.glob(os.path.join(glob.escape(args.out), ".checkpoint.pt.*.tmp")):
+        os.remove(left)  # of a process that was killed while it wrote
     torch.manual_seed(args.seed)
     values = vars(args) | {"device": device, "dtype": dtype, "settings": settings}
     return Run(**{field.name: values[field.name] for field in fields(Run)})

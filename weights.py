@@ -4,6 +4,7 @@ Weights are safetensors files whose metadata holds the network's config as JSON 
 weights came from. Nothing from a file is ever executed.
 """
 
+import launch
 import contextlib
 import hashlib
 import json
@@ -12,14 +13,15 @@ import platform
 import shlex
 import subprocess
 import sys
-from launch import UserError
 from dataclasses import asdict, fields
+from secrets import token_hex
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.overrides import TorchFunctionMode
 
+UserError = launch.UserError  # where every module looks for it
 ROOT = os.path.dirname(os.path.abspath(__file__))
 WEIGHTS = os.path.join(ROOT, "weights")
 
@@ -56,7 +58,7 @@ def written(path):
     """Open a binary file under a temporary name that becomes `path` when all of it is written.
     After an error nothing is left of it. Raises UserError if it cannot be written."""
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:40]}.{os.getpid()}.tmp")
+    temporary = os.path.join(folder, f".{name[:40]}.{token_hex(4)}.tmp")
     try:
         os.makedirs(folder or ".", exist_ok=True)
         with open(temporary, "wb") as file:

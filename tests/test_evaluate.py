@@ -11,7 +11,7 @@ import evaluate
 from data import sample_clips
 from metrics import diversity, fixed_set, health, measure
 from text import TextEncoder
-from weights import save_weights, shipped
+from weights import UserError, save_weights, shipped
 
 
 # ----------------------------------------------------------------------------------- the measures
@@ -255,13 +255,27 @@ def test_one_kind_named_without_a_file_is_the_shipped_one_alone(command_line):
     [
         (["--seconds", 20], "--seconds goes with --over-time"),
         (["--train-options=--steps 1"], "--train-options goes with --ablation"),
-        (["--ablation", "--student", shipped("student")], "--ablation has weights of its own"),
+        (["--ablation", "--student", shipped("student")], "--student does not go with --ablation"),
+        (["--ablation", "--teacher"], "--teacher does not go with --ablation"),
+        (["--ablation", "--causal", shipped("student")], "--causal does not go with --ablation"),
+        (["--causal"], "--causal: expected at least one argument"),
+        (["--over-time", "--split", "train"], "--split does not go with --over-time"),
     ],
 )
 def test_flags_without_an_effect_are_refused(command_line, arguments, words):
-    status, _, err = command_line(evaluate, *arguments)
+    status, _, err = command_line(evaluate, *arguments, "--out", "new/table")
     assert status == 2
     assert words in err
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("given", [["--student"], ["--over-time"], ["--ablation"]])
+def test_what_is_measured_depends_on_no_fast_dtype(command_line, monkeypatch, given):
+    def on_device(device, dtype, threads):
+        raise UserError(f"the dtype is {dtype}")
+
+    monkeypatch.setattr(evaluate.flags, "on_device", on_device)
+    assert "the dtype is float32" in command_line(evaluate, *given)[2]
 
 
 def test_models_are_measured_in_the_dtype_asked_for(command_line, monkeypatch):

@@ -117,7 +117,8 @@ def test_the_command_prints_the_speed_of_its_json(command_line, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--repeats", 2], ["--size", "small"], ["--bench", "--clips", 2]]
+    "arguments",
+    [["--repeats", 2], ["--size", "small"], ["--dtype", "bfloat16"], ["--bench", "--clips", 2]],
 )
 def test_flags_without_an_effect_are_refused(arguments, command_line):
     status, _, err = command_line(nfd_evaluate, *arguments)

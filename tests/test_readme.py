@@ -182,13 +182,5 @@ def test_no_module_needs_the_page_to_be_imported():
     assert not [module for module in MODULES if "page" in imports(module)]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_script_is_ready_for_ctrl_c_before_it_imports_torch(module):
-    text = read(f"{module}.py")
-    if "launch.run_main(main)" in text:
-        first = next(n for n in ast.parse(text).body if isinstance(n, (ast.Import, ast.ImportFrom)))
-        assert first.names[0].name == "launch"
-
-
 def test_the_first_shelf_is_short_enough_to_be_read():
     assert lines_of(PAPER) <= PAPER_LINES

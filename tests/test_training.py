@@ -371,6 +371,13 @@ def test_a_run_that_was_stopped_in_its_preparation_is_resumed(tmp_path, capsys):
     assert equal(run(tmp_path / "cut", resume=True)[1], whole)
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_that_was_killed_in_its_first_checkpoint_leaves_nothing(tmp_path, resume):
+    (tmp_path / ".checkpoint.pt.0123abcd.tmp").write_bytes(b"half of a checkpoint")
+    start(tmp_path, *resume)
+    assert os.listdir(tmp_path) == []
+
+
 # ----------------------------------------------------------------------------- what a run writes
 def test_what_to_do_with_the_weights_is_the_last_line(tmp_path, capsys):
     config, tensors = TextConfig(), {"a": torch.ones(1)}

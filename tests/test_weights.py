@@ -1,9 +1,11 @@
+import glob
 import json
 import os
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -361,7 +363,19 @@ def test_two_processes_that_write_one_file_do_not_meet(tmp_path):
     assert (tmp_path / "a.json").read_bytes() == b"ours"
 
 
-def test_ctrl_c_while_modules_load_is_no_traceback():
-    script = "import launch; raise KeyboardInterrupt"
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE)
-    assert (ended.returncode, ended.stderr) == (130, b"")
+SCRIPTS = [
+    path for path in glob.glob(f"{ROOT}/*.py") if "launch.run_main(main)" in Path(path).read_text()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=os.path.basename)
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")  # found before the real one
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-B", script], env=env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_who_imports_a_module_here_keeps_pythons_way_to_end():
+    script = "import sys, weights; assert sys.excepthook is sys.__excepthook__"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
