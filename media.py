@@ -82,25 +82,26 @@ def _pixels(image):
 def read_video(path, size=SIZE):
     """Stream a video: (frames [3, size, size] in [-1, 1] at 16 a second, about how many or None)"""
     try:
-        found, seconds, _ = _look(path)
+        found, seconds, _, whole = _look(path)
         frames = _decode(path, size)
         first = next(frames)
     except (OSError, ValueError, StopIteration) as error:
         raise UserError(f"cannot read a video from {path!r}: {_reason(error)}") from None
+    if not whole:
+        print(f"{path} is cut short or damaged; it is used as far as it can be read")
     if found != f"{size} x {size} at {FPS} frames/s":
         print(f"{path}: {found} resized and cropped to {size} x {size}, at {FPS}")
     return itertools.chain([first], frames), seconds and max(1, round(seconds * FPS))
 
 
 def _look(path):
-    """Go through a video undecoded: (size and rate in words, seconds if it tells, frames)."""
+    """Go through a video undecoded: (size and rate in words, seconds if it tells, frames, whether
+    it is whole)."""
     command = ["-i", f"file:{path}", "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "-"]
     with _ffmpeg(command) as process:
         packets, told = (text.decode(errors="replace") for text in process.communicate())
     # a line for each frame: stream, time to decode, time to show, duration ...
     times = re.findall(r"^0, *(-?\d+), *-?\d+, *(\d+),", packets, re.MULTILINE)
-    if times and re.search("partial file|prematurely|corrupt", told):
-        print(f"{path} is cut short or damaged; it is used as far as it can be read")
     if not times:
         failed = process.returncode != 0 and "matches no streams" not in told
         raise OSError(told.strip().rpartition(": ")[2] if failed else "it holds no video")
@@ -108,7 +109,9 @@ def _look(path):
     rate = re.search(r"([\d.]+) fps|$", told.rpartition("Output #0")[2])[1] or "unknown"
     seconds = (int(times[-1][0]) - int(times[0][0]) + int(times[-1][1])) * int(over) / int(under)
     seconds = None if "Duration: N/A" in told else seconds
-    return f"{width} x {height} at {rate} frames/s", seconds, len(times)
+    # messages begin with a bracket; what is told of the file, its name with it, does not
+    damaged = re.search(r"^\[[^]]*\] .*(partial file|prematurely|corrupt)", told, re.MULTILINE)
+    return f"{width} x {height} at {rate} frames/s", seconds, len(times), not damaged
 
 
 def _decode(path, size):
@@ -278,7 +281,7 @@ def check_out(path):
 
 def until_interrupted(chunks, whole=False):
     """Pass on a stream's chunks until Ctrl-C, SIGTERM or SIGHUP; the chunk in progress is last.
-    whole: a part is worth nothing, so that then comes a KeyboardInterrupt."""
+    whole: a part is worth nothing, so that a KeyboardInterrupt comes then, also from close()."""
     stop, before = [], {}
     heeded = [end for end in ENDS if signal.getsignal(end) is not signal.SIG_IGN]  # but for nohup
     with contextlib.suppress(ValueError):  # outside the main thread
@@ -286,20 +289,20 @@ def until_interrupted(chunks, whole=False):
     try:
         for chunk in chunks:
             yield chunk
-            if stop and whole:
-                raise KeyboardInterrupt
             if stop:
-                return
+                break
     finally:
         for end, was in before.items():
             signal.signal(end, was)
+        if stop and whole:
+            raise KeyboardInterrupt
 
 
 def write_videos(chunks, paths, frames, total, bar):
-    """Write the videos of a stream to a path each: `frames` of each or, if None, to its end.
-    total: about how many they will be, or None. -> (frames of each, time of the first)."""
+    """Write the videos of a stream, a generator, to a path each: `frames` of each or, if None, to
+    its end, and close it. total: about how many, or None. -> (frames of each, time of the first)"""
     first = None
-    with contextlib.ExitStack() as stack:
+    with contextlib.closing(chunks), contextlib.ExitStack() as stack:
         writers = [stack.enter_context(FrameWriter(path, total)) for path in paths]
         for _, video in chunks:
             left = None if frames is None else frames - writers[0].count

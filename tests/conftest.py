@@ -10,6 +10,7 @@ import torch
 import flags
 from model import DiT, ModelConfig
 from nfd_teacher import ActionConfig, ActionDiT
+from page import Show
 from text import TextEncoder
 from training import Run
 from vae import VAE, VAEConfig
@@ -68,6 +69,15 @@ def tiny_run(out="out", **fields):
     given = {"steps": 9, "batch_size": 1, "lr": 1e-3, "seed": 0, "out": str(out), "resume": False}
     given |= {"save_every": 2, "minutes": math.inf, "compile": False}
     return Run(**given | {"device": torch.device("cpu"), "dtype": torch.float32} | fields)
+
+
+@pytest.fixture
+def page():
+    """A page of tiny models: (its port, its Show)."""
+    from pages import plain_frames, player, running  # which imports this module
+
+    with running(Show(player, plain_frames, fps=200)) as ends:
+        yield ends
 
 
 @contextlib.contextmanager

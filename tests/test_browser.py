@@ -4,7 +4,7 @@ import subprocess
 import time
 
 import pytest
-from test_page import plain_frames, player, running, until
+from pages import plain_frames, player, running, until
 
 from page import Show
 from play import NAMES
