@@ -164,3 +164,12 @@ def test_what_pulses_in_its_place_and_drifts_is_wrong():
         return x + 2 * SECONDS - 5, y, radius, angle
 
     assert not judged(data.PULSE, spoil)
+
+
+def test_a_shape_that_is_read_as_a_smaller_one_counts_as_wrong():
+    every = sample_clips(500, generator(5), "all")
+    clip = every[(every.motion == data.STILL) & (every.shape == 3)][:1]  # a star
+    found = recover(clip.render())
+    found.radius[:] = 9.0
+    found.shape[:, ::3], found.radius[:, ::3] = 0, 7.0  # a circle of the star's area
+    assert measure(clip.render(), clip, found)["shape"].item() == 0
