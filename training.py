@@ -204,16 +204,17 @@ def adamw(parameters, lr, betas=(0.9, 0.99)):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the matrices among the `hidden` layers' parameters, AdamW for all others.
+    """Muon for matrices and kernels among the `hidden` layers' parameters, AdamW for all others.
 
     A gradient is dominated by a few singular directions. Muon (K. Jordan et al., 2024) sets all
-    singular values of the momentum to about 1, so that a step learns in every direction. An
-    orthogonal [m, n] matrix has entries of root mean square 1 / sqrt(max(m, n)); scaled to 0.2, as
-    large as AdamW's steps are, one learning rate serves both (Moonlight, 2025).
+    singular values of the momentum to about 1, so that a step learns in every direction; a kernel
+    counts as a matrix with a row for each channel that it makes. An orthogonal [m, n] matrix has
+    entries of root mean square 1 / sqrt(max(m, n)); scaled to 0.2, as large as AdamW's steps are,
+    one learning rate serves both (Moonlight, 2025).
     """
 
     def __init__(self, hidden, parameters, lr, momentum=0.95):
-        matrices = [p for p in hidden if p.ndim == 2]
+        matrices = [p for p in hidden if p.ndim > 1]
         mine = {id(p) for p in matrices}
         others = [p for p in parameters if id(p) not in mine]
         super().__init__(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -224,16 +225,17 @@ class Muon(torch.optim.AdamW):
         group, shapes = self.param_groups[1], {}
         for p in group["params"]:
             shapes.setdefault(p.shape, []).append(p)
-        for shape, matrices in shapes.items():  # all matrices of a shape at once
+        for matrices in shapes.values():  # all of a shape at once
             for p in matrices:
                 state = self.state[p]
                 if not state:  # AdamW's load_state_dict asks for a step
                     state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 p.grad.lerp_(state["momentum"], group["momentum"])  # Nesterov: look one step ahead
-            update = orthogonal(torch.stack([p.grad for p in matrices])) * (0.2 * max(shape) ** 0.5)
-            torch._foreach_add_(matrices, list(update), alpha=-group["lr"])
-            for p in matrices:
+            update = orthogonal(torch.stack([p.grad.flatten(1) for p in matrices]))
+            update = update * (0.2 * max(update.shape[1:]) ** 0.5)
+            for p, change in zip(matrices, update, strict=True):
+                p.sub_(change.view(p.shape), alpha=group["lr"])
                 p.grad = None  # nothing is left for AdamW
         super().step()
 

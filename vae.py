@@ -223,7 +223,7 @@ def train_vae(run, name, vae, loss, trained, begin=0.0):
     the run begins at. Where the encoder was trained, its latents are normalised at the end.
     """
     averaged, ema = copy.deepcopy(vae).eval(), training.EMA(vae, 0.998)
-    optimizer = training.adamw(trained.parameters(), run.lr)
+    optimizer = training.Muon(trained.parameters(), trained.parameters(), run.lr)
 
     def step(i, generator):
         count, frames = clip_shape(begin + (1 - begin) * i / run.steps, run.batch_size)
@@ -258,7 +258,7 @@ def train_vae(run, name, vae, loss, trained, begin=0.0):
 
 
 def main():
-    parser = flags.training_parser("Train the causal video autoencoder.", 1500, 8, 2e-3, "runs/vae")
+    parser = flags.training_parser("Train the causal video autoencoder.", 1500, 8, 1e-2, "runs/vae")
     told = "train the shipped decoder alone: latents, and all trained on them, stay as they are"
     parser.add_argument("--decoder-only", action="store_true", help=told)
     args = parser.parse_args()

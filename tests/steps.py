@@ -153,7 +153,8 @@ def vae_by_hand(start, shapes=((4, 1), (4, 1), (2, 5), (2, 5), (2, 9)), decoder_
     """shapes: clips and frames of each at every one of STEPS."""
     vae = start["vae"]
     trained = vae.decoder if decoder_only else vae
-    learner = Learner(vae, adamw(trained.parameters()), 0.998)
+    muon = training.Muon(trained.parameters(), trained.parameters(), LR)
+    learner = Learner(vae, muon, 0.998)
 
     def step(i, g):
         count, frames = shapes[STEPS.index(i)]
