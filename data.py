@@ -186,14 +186,18 @@ def draw(colour, shape, background, x, y, radius, angle):
     return back + (front - back) * cover
 
 
-def sample_clips(count, generator, split="train"):
-    """Draw `count` random clips of a split ("train", "held-out" or "all")."""
+def sample_clips(count, generator, split="train", shares=None):
+    """Draw `count` random clips of a split ("train", "held-out" or "all").
+    shares: how often each of MOTIONS is drawn (None: all combinations alike)."""
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(count, generator=generator)
 
     rows = combinations(split)
-    chosen = rows[torch.randint(len(rows), (count,), generator=generator)]
+    if shares is None:
+        chosen = rows[torch.randint(len(rows), (count,), generator=generator)]
+    else:
+        chosen = rows[torch.multinomial(shares[rows[:, 2]], count, True, generator=generator)]
     colour, shape, motion, background = chosen.T
     radius = torch.where(motion == PULSE, uniform(10, 13), uniform(10, 15))
     largest = torch.where(motion == PULSE, 1.35 * radius, radius)

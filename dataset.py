@@ -7,6 +7,7 @@ import os
 import torch
 from tqdm import tqdm
 
+from data import sample_clips
 from training import read_saved
 from weights import written
 
@@ -71,12 +72,15 @@ def encode_clips(vae, clips, batch=16):
     return kept_in(os.path.join("runs", "latents", name), told, count, make)["latents"]
 
 
-def draw_pieces(weights, total, count, frames, generator):
-    """Draw `count` pieces of `frames` out of `total` frames, half of which begin with the clip.
+def training_clips(count):
+    """Draw the clips that teacher and student are trained on, the same ones for both."""
+    return sample_clips(count, torch.Generator().manual_seed(0), shares=SHARES)
 
-    weights [N]: how often each clip is drawn. -> clip [count, 1] and frame [count, frames] indices.
-    """
-    index = torch.multinomial(weights, count, True, generator=generator)
+
+def draw_pieces(clips, total, count, frames, generator):
+    """Draw `count` pieces of `frames` out of the `total` frames of any of `clips` clips; half of
+    them begin with the clip. -> clip [count, 1] and frame [count, frames] indices."""
+    index = torch.randint(clips, (count,), generator=generator)
     start = torch.randint(total - frames + 1, (count,), generator=generator)
     start = start * torch.randint(2, (count,), generator=generator)
     return index[:, None], torch.arange(frames) + start[:, None]
@@ -94,7 +98,6 @@ class LatentClips:
 
     def batch(self, count, frames, generator, device):
         """Draw random pieces of `frames` latent frames: (x0 [B, T, C, h, w], B prompts)."""
-        weights = SHARES[self.clips.motion]
-        rows, columns = draw_pieces(weights, self.frames, count, frames, generator)
+        rows, columns = draw_pieces(len(self.clips), self.frames, count, frames, generator)
         x0 = self.latents[rows, columns].to(device, torch.float32)
         return x0, self.clips[rows[:, 0]].prompts(generator)

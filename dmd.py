@@ -12,8 +12,7 @@ from torch.nn import functional as F
 import flags
 import training
 import weights
-from data import sample_clips
-from dataset import LatentClips
+from dataset import LatentClips, training_clips
 from diffusion import GUIDANCE, flow_matching_loss, guided_v, noise_source, with_null
 from evaluate import fixed_sheet
 from model import DiT
@@ -179,7 +178,7 @@ def main():
     student.config = training.causal_config(student.config, *given)
     check_fit(teacher, vae, encoder)
     check_fit(student, vae, encoder)
-    data = LatentClips(vae, sample_clips(args.clips, torch.Generator().manual_seed(0)))
+    data = LatentClips(vae, training_clips(args.clips))
     averaged = copy.deepcopy(student).eval()
     generate = rollout_x0 if args.rollout == "self" else student_x0
     scores = (args.guidance, args.fake_updates, args.causal_scores)

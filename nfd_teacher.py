@@ -128,8 +128,8 @@ class WalkLatents:
 
     def batch(self, count, frames, generator, device):
         """Draw random pieces: (x0 [B, T, C, h, w], B prompts, actions [B, T], x0 of the past)."""
-        weights, total = torch.ones(len(self.walks)), self.latents.shape[1]
-        rows, columns = draw_pieces(weights, total, count, frames, generator)
+        total = self.latents.shape[1]
+        rows, columns = draw_pieces(len(self.walks), total, count, frames, generator)
         x0 = self.latents[rows, columns].to(device, torch.float32)
         past = self.drifted[rows, columns].to(device, torch.float32)
         actions = self.walks.actions[rows, columns]

@@ -20,7 +20,6 @@ import flags
 import training
 from data import FRAMES, sample_clips
 from media import save_sheet
-from weights import load_model, shipped
 
 
 @dataclass
@@ -198,14 +197,6 @@ def vae_loss(vae, video, generator, kl_weight=1e-4):
     return error + kl_weight * kl, error
 
 
-def decoder_loss(vae, video, _):
-    """Reconstruct video [B, F, 3, H, W] from its posterior mean; the encoder is not trained."""
-    with torch.no_grad():
-        mean, _ = vae.moments(video)
-    error = F.mse_loss(vae.decode_raw(mean).float(), video)
-    return error, error
-
-
 def clip_shape(progress, batch_size):
     """Choose (clips, frames of each) at a share of the training, 0 to 1: shapes and colours are
     learnt on many single frames, then motion on short clips, and last what to remember."""
@@ -216,21 +207,18 @@ def clip_shape(progress, batch_size):
     return -(-2 * batch_size // 3), 9
 
 
-def train_vae(run, name, vae, loss, trained, begin=0.0):
-    """Train the module `trained`, all of a VAE or its decoder, and write OUT/NAME.safetensors.
-
-    loss(vae, video, generator) -> (loss, squared error); begin: the progress of `clip_shape` that
-    the run begins at. Where the encoder was trained, its latents are normalised at the end.
-    """
+def train_vae(run, name, vae, begin=0.0):
+    """Train a VAE, normalise its latents, and write OUT/NAME.safetensors.
+    begin: the progress of `clip_shape` that the run begins at."""
     averaged, ema = copy.deepcopy(vae).eval(), training.EMA(vae, 0.998)
-    optimizer = training.Muon(trained.parameters(), trained.parameters(), run.lr)
+    optimizer = training.Muon(vae.parameters(), vae.parameters(), run.lr)
 
     def step(i, generator):
         count, frames = clip_shape(begin + (1 - begin) * i / run.steps, run.batch_size)
         start = torch.randint(FRAMES - frames, (), generator=generator).item()
         video = sample_clips(count, generator).to(run.device).render(start, frames)
         with run.autocast():
-            total, error = loss(vae, video, generator)
+            total, error = vae_loss(vae, video, generator)
         norm = training.optimise(optimizer, total)
         ema.update(vae, i)
         return {"psnr": 6.0206 - 10 * torch.log10(error), "grad": norm}
@@ -247,9 +235,8 @@ def train_vae(run, name, vae, loss, trained, begin=0.0):
     seconds = training.train(run, {"vae": vae, "ema": ema, "optimizer": optimizer}, step, sheet)
     if seconds is not None:
         averaged.load_state_dict(ema.shadow)
-        if trained is vae:
-            clips = sample_clips(64, torch.Generator().manual_seed(2))
-            averaged.normalise(clips.to(run.device).render(0, 33))
+        clips = sample_clips(64, torch.Generator().manual_seed(2))
+        averaged.normalise(clips.to(run.device).render(0, 33))
         quality = f"held-out PSNR {held_out_psnr(averaged):.2f} dB"
         print(quality)
         tensors, config = averaged.state_dict(), vae.config
@@ -258,17 +245,9 @@ def train_vae(run, name, vae, loss, trained, begin=0.0):
 
 
 def main():
-    parser = flags.training_parser("Train the causal video autoencoder.", 1500, 8, 1e-2, "runs/vae")
-    told = "train the shipped decoder alone: latents, and all trained on them, stay as they are"
-    parser.add_argument("--decoder-only", action="store_true", help=told)
-    args = parser.parse_args()
-    run = training.start_run(args)
-    if args.decoder_only:
-        vae = load_model(VAE, shipped("vae"), run.device)
-        train_vae(run, "vae", vae, decoder_loss, vae.decoder, begin=1.0)
-    else:
-        vae = VAE().to(run.device)
-        train_vae(run, "vae", vae, vae_loss, vae)
+    parser = flags.training_parser("Train the causal video autoencoder.", 5000, 8, 1e-2, "runs/vae")
+    run = training.start_run(parser.parse_args())
+    train_vae(run, "vae", VAE().to(run.device))
 
 
 if __name__ == "__main__":

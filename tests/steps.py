@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import training
 from data import FRAMES, sample_clips
-from dataset import LatentClips
+from dataset import LatentClips, training_clips
 from model import DiT
 from nfd_teacher import WALK, ActionDiT, WalkLatents, draw_walk_times, own_past, with_actions
 from nfd_vae import frame_wise
@@ -135,7 +135,7 @@ def dropped(text, g):
 
 
 def clips():
-    return LatentClips(None, sample_clips(4, generator()))
+    return LatentClips(None, training_clips(4))
 
 
 def walks():
@@ -149,25 +149,19 @@ def denoising_loss(network, x0, t, condition, g, **attention):
     return (v - (eps - x0))[t > 0].square().mean()
 
 
-def vae_by_hand(start, shapes=((4, 1), (4, 1), (2, 5), (2, 5), (2, 9)), decoder_only=False):
+def vae_by_hand(start, shapes=((4, 1), (4, 1), (2, 5), (2, 5), (2, 9))):
     """shapes: clips and frames of each at every one of STEPS."""
     vae = start["vae"]
-    trained = vae.decoder if decoder_only else vae
-    muon = training.Muon(trained.parameters(), trained.parameters(), LR)
-    learner = Learner(vae, muon, 0.998)
+    learner = Learner(vae, training.Muon(vae.parameters(), vae.parameters(), LR), 0.998)
 
     def step(i, g):
         count, frames = shapes[STEPS.index(i)]
         first = torch.randint(FRAMES - frames, (), generator=g).item()
         video = sample_clips(count, g).render(first, frames)
         mean, logvar = vae.moments(video)
-        if decoder_only:
-            kl = 0.0
-            latents = mean.detach()
-        else:
-            # KL(N(mean, var) || N(0, 1)) = (mean^2 + var - 1 - log var) / 2
-            kl = ((mean**2 + logvar.exp() - 1 - logvar) / 2).mean()
-            latents = mean + (logvar / 2).exp() * normal(mean.shape, g)
+        # KL(N(mean, var) || N(0, 1)) = (mean^2 + var - 1 - log var) / 2
+        kl = ((mean**2 + logvar.exp() - 1 - logvar) / 2).mean()
+        latents = mean + (logvar / 2).exp() * normal(mean.shape, g)
         error = (vae.decode_raw(latents) - video).square().mean()
         norm = learner.learn(error + 1e-4 * kl, i)
         # the range of pixels is 2
@@ -180,10 +174,6 @@ def frame_vae_by_hand(start):
     return vae_by_hand({"vae": frame_wise(load(VAE, "vae"))}, [(2, 9)] * len(STEPS))
 
 
-def decoder_by_hand(start):
-    return vae_by_hand({"vae": load(VAE, "vae")}, [(2, 9)] * len(STEPS), decoder_only=True)
-
-
 def teacher_by_hand(start):
     data, both = clips(), start["model"]
     learner = Learner(both, muon(both[0], both), 0.999)
@@ -194,12 +184,14 @@ def teacher_by_hand(start):
         count, frames = shapes[STEPS.index(i)]
         x0, prompts = data.batch(count, frames, g, "cpu")
         text = dropped(both[1](prompts), g)
-        shift = SHIFT
+        one = shifted(torch.rand(count, 1, generator=g))
+        length = torch.randint(1, 5, (), generator=g)
+        t = torch.rand(count, -(-frames // length), generator=g)
+        t = t.repeat_interleave(length, dim=1)[:, :frames]
+        alike = torch.rand(count, generator=g) < 0.5
         if frames > 1:
-            scales = torch.tensor([0.25, 1.0, 2.0])
-            shift = SHIFT * scales[torch.randint(3, (count,), generator=g)]
-        t = shifted(normal(count, g).sigmoid(), shift)
-        loss = denoising_loss(both[0], x0, t[:, None].expand(count, frames), text, g)
+            t[alike] = one[alike].expand(-1, frames)
+        loss = denoising_loss(both[0], x0, t, text, g)
         return {"loss": loss, "grad": learner.learn(loss, i)}
 
     return {"model": both, "ema": learner.averages[0]}, step
@@ -369,7 +361,6 @@ WEIGHTS = "--weights teacher.safetensors"
 PLAYER = "--teacher action_teacher.safetensors"
 STAGES = {
     "vae": ("vae --batch-size 2", vae_by_hand),
-    "decoder": ("vae --batch-size 2 --decoder-only", decoder_by_hand),
     "frame vae": ("nfd_vae --batch-size 2", frame_vae_by_hand),
     "teacher": (
         "teacher --config tiny.json --vae vae.safetensors --batch-size 4 --clips 4",

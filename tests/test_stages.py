@@ -29,7 +29,6 @@ NETWORKS = {
 }
 STAGES = [
     ("vae.py", ["vae"]),
-    ("vae.py --decoder-only", ["vae"]),
     ("nfd_vae.py", ["vae_frame"]),
     ("teacher.py --clips 16", ["teacher", "text_encoder"]),
     ("teacher.py --clips 16 --causal", ["causal_teacher"]),

@@ -78,7 +78,6 @@ def folder(tmp_path_factory):
         patch.setattr("vae.sample_clips", few_clips)
         patch.setattr("vae.held_out_psnr", lambda vae: 0.0)
         patch.setattr("vae.VAEConfig", functools.partial(VAEConfig, 8, 4, 16, 16, 16))
-        patch.setattr("vae.shipped", "{}.safetensors".format)
         patch.setattr("nfd_vae.shipped", "{}.safetensors".format)
         yield folder
     torch.set_num_threads(threads)
@@ -195,7 +194,6 @@ def test_a_checkpoint_holds_the_optimisers_that_step(name, both_ways):
 
 WRITTEN = [
     ("vae", "vae", "ema", ""),
-    ("decoder", "vae", "ema", ""),
     ("frame vae", "vae_frame", "ema", ""),
     ("teacher", "teacher", "ema", "0."),
     ("teacher", "text_encoder", "ema", "1."),

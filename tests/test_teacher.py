@@ -34,19 +34,39 @@ def test_each_clip_has_a_share_of_clean_chunks_of_its_own(times):
 
 
 # --------------------------------------------------------------------------------- times of clips
-def test_the_bidirectional_teacher_has_one_time_for_a_clip():
-    t = draw_clip_times(50, 6, Schedule(shift=5.0), generator())
-    assert t.shape == (50, 6)
-    assert (t == t[:, :1]).all()
+def drawn(frames, seed=0):
+    """(times [20000, frames], which clips have one time for all frames)."""
+    t = draw_clip_times(20_000, frames, Schedule(shift=5.0), generator(seed))
+    return t, (t == t[:, :1]).all(1)
 
 
-@pytest.mark.parametrize(("frames", "shifts"), [(1, [5.0]), (6, [1.25, 5.0, 10.0])])
-def test_clips_have_three_shifts_and_images_that_of_the_schedule(frames, shifts):
-    t = draw_clip_times(20_000, frames, Schedule(shift=5.0), generator())[:, 0]
-    # a shifted logit-normal time: logit t = log(shift) + a normal number
-    logs = torch.tensor(shifts).log()
-    assert abs(t.logit().mean() - logs.mean()) < 0.03
-    assert abs(t.logit().var() - (1 + logs.var(correction=0))) < 0.05
+def test_half_of_the_clips_have_one_time():
+    t, alike = drawn(21)
+    assert t.shape == (20_000, 21)
+    assert abs(alike.float().mean() - 0.5) < 0.02
+
+
+def test_one_time_for_a_clip_is_spread_as_in_sampling():
+    t, alike = drawn(21)
+    u = t[alike, 0] / (5 - 4 * t[alike, 0])  # the shift undone
+    assert (u.sort().values - torch.linspace(0, 1, len(u))).abs().max() < 0.03
+
+
+def test_own_times_are_uniform_and_of_runs_of_one_to_four_frames():
+    lengths = set()
+    for seed in range(20):
+        t, alike = drawn(21, seed)
+        changes = t[~alike].diff(dim=1) != 0
+        length = changes.any(0).int().argmax().item() + 1
+        assert changes.all(0).nonzero().flatten().tolist() == list(range(length - 1, 20, length))
+        lengths.add(length)
+    assert lengths == {1, 2, 3, 4}
+    assert (t[~alike, 0].sort().values - torch.linspace(0, 1, (~alike).sum())).abs().max() < 0.03
+
+
+def test_the_times_of_images_are_uniform():
+    t = drawn(1)[0].flatten().sort().values
+    assert (t - torch.linspace(0, 1, len(t))).abs().max() < 0.03
 
 
 # ------------------------------------------------------------------------------------- the batches
