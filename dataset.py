@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data import sample_clips
 from training import read_saved
-from weights import written
+from weights import UserError, written
 
 # how often a motion is drawn, in the order of data.MOTIONS: a bounce and a spin take far longer to
 # learn than standing still
@@ -27,29 +27,38 @@ def join(parts):
     return joined
 
 
-def kept_in(path, told, count, make):
-    """Read what the file `path` keeps, a dict; if it is not there it is made in `count` parts.
+def read_kept(path, names):
+    """Read a dict of these names from a file. Raises UserError if it holds another or none."""
+    kept = read_saved(path)
+    if kept.keys() != set(names):
+        raise UserError(f"{path} does not hold {' and '.join(names)}; delete it to begin again")
+    return kept
+
+
+def kept_in(path, names, told, count, make):
+    """Read what the file `path` keeps, a dict of these names; if it is not there it is made in
+    `count` parts.
 
     make(first) yields the parts for `join` from number `first` on. Each is kept in a file, so that
     a run that is stopped meanwhile goes on where it was. told: what is made, "encoding 9 clips".
     """
     if os.path.exists(path):
-        return read_saved(path)
-    names = [f"{path}.{number}" for number in range(count)]
-    first = next((n for n, name in enumerate(names) if not os.path.exists(name)), count)
+        return read_kept(path, names)
+    files = [f"{path}.{number}" for number in range(count)]
+    first = next((n for n, name in enumerate(files) if not os.path.exists(name)), count)
     print(f"first, {told}, once for all runs; then comes the training")
     try:
         bar = tqdm(make(first), told, total=count, initial=first, unit="batch")
-        for name, part in zip(names[first:], bar, strict=True):
+        for name, part in zip(files[first:], bar, strict=True):
             with written(name) as file:
                 torch.save(part, file)
     except KeyboardInterrupt:
         print("stopped before the training; what is done is kept: the same command goes on")
         raise
-    kept = join([read_saved(name) for name in names])
+    kept = join([read_kept(name, names) for name in files])
     with written(path) as file:
         torch.save(kept, file)
-    for name in names:
+    for name in files:
         with contextlib.suppress(FileNotFoundError):  # another run has
             os.remove(name)
     return kept
@@ -69,7 +78,8 @@ def encode_clips(vae, clips, batch=16):
             yield {"latents": vae.encode(video).to("cpu", torch.bfloat16)}
 
     told, count = f"encoding {len(clips):,} clips", -(-len(clips) // batch)
-    return kept_in(os.path.join("runs", "latents", name), told, count, make)["latents"]
+    path = os.path.join("runs", "latents", name)
+    return kept_in(path, ("latents",), told, count, make)["latents"]
 
 
 def training_clips(count):

@@ -246,11 +246,14 @@ def vocabulary():
 
 
 def say_what_is_unknown(prompts, limit):
-    """Print the words of prompts that no training prompt has, and prompts longer than the limit."""
+    """Print the words of prompts that no training prompt has, and prompts longer than the limit.
+    Raises UserError for a prompt without any word."""
     known = vocabulary()
     for prompt in dict.fromkeys(prompts):
         found = split(prompt)
         unknown = [word for word in found if word not in known]
+        if not found:
+            raise UserError(f"{prompt!r} has no word in it")
         if unknown:
             print(f"{prompt!r}: the text encoder takes {', '.join(unknown)} for words it knows:")
             print(", ".join(known))

@@ -27,19 +27,26 @@ class UserError(Exception):
 
 def run_main(main):
     """Call main() as a command line does: UserError ends with status 2, Ctrl-C with status 130."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed
         stream.reconfigure(errors="backslashreplace")  # a terminal may not have every letter
     for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C does, where nothing else takes them
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:  # torch raises the second
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        told = "a smaller batch, fewer clips or a smaller model may fit"
+        print(f"{os.path.basename(sys.argv[0])}: error: out of memory: {told}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # nobody reads what is printed, as in `python data.py | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from secrets import token_hex
 
 import imageio_ffmpeg
@@ -44,8 +45,10 @@ def fit(frame, size):
 def read_image(path, size=SIZE):
     """Read an image file, or its first page: [1, 3, size, size] in [-1, 1]. Raises UserError."""
     try:
-        with Image.open(path) as file:
-            image = _pixels(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of many pixels
+            with Image.open(path) as file:
+                image = _pixels(file)
     except Exception as error:  # each of Pillow's decoders has its own
         raise UserError(f"cannot read the image {path!r}: {_reason(error)}; try another") from None
     if image.shape[:2] != (size, size):
@@ -58,7 +61,8 @@ def _pixels(image):
     # of a PNG of 2, 4 or 48 bits Pillow makes 8 a channel, but not of its transparent colour
     stored = image.tile[0][3] if image.format == "PNG" and image.tile else None
     scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(stored)
-    unsigned = image.format == "TIFF" and image.tag_v2.get(339) != 2
+    tags = image.tag_v2 if image.format == "TIFF" else {339: 2}
+    unsigned, depth = tags.get(339) != 2, tags.get(258, (16,))[0]
     image.load()
     key = image.info.get("transparency")
     if scale and key is not None:
@@ -73,9 +77,10 @@ def _pixels(image):
     values = np.asarray(image)
     values = values.view("uint32") if unsigned and image.mode == "I" else values
     grey = np.nan_to_num(values, posinf=0, neginf=0)
-    bits = {"float32": (1, 8, 16), "uint16": (16,)}.get(values.dtype.name, (8, 16, 31))
+    bits = {"float32": (1, 8, 16), "uint16": (depth,)}.get(values.dtype.name, (8, 16, 31))
     white = next((2**n - 1 for n in bits if grey.max() < 2**n), 2**32 - 1)
     grey = (grey / white).clip(0, 1)
+    grey = 1 - grey if tags.get(262) == 0 else grey  # white is zero
     return grey if key is None else np.stack([grey, values != key], axis=-1)
 
 
@@ -226,9 +231,11 @@ def read_prompts(path):
     """Read the prompts of a file, one a line and each once. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
+            lines = [line.replace("\ufeff", "").strip() for line in file]  # files may be joined
+    except OSError as error:
         raise UserError(f"cannot read the prompts in {path}: {_reason(error)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read the prompts in {path}: save it as UTF-8") from None
     prompts = {}  # by the name of their file
     for number, line in enumerate(lines, 1):
         if re.search(rf"[\0-\x1f\x7f{re.escape(FORBIDDEN)}]", line) or len(os.fsencode(line)) > 230:

@@ -6,6 +6,7 @@
 
 import launch
 import os
+import shlex
 
 import torch
 from torch.nn import functional as F
@@ -102,8 +103,9 @@ def main():
 
     name = f"{key}-{args.trajectories}-{args.solver_steps}-{student.config.steps}.pt"
     told = f"solving {16 * count:,} ODEs"
-    kept = kept_in(os.path.join("runs", "trajectories", name), told, count, make)
-    states, prompts = (kept[name][: args.trajectories] for name in ("states", "prompts"))
+    path, names = os.path.join("runs", "trajectories", name), ("states", "prompts")
+    kept = kept_in(path, names, told, count, make)
+    states, prompts = (kept[name][: args.trajectories] for name in names)
     ema = training.EMA(student)
     optimizer = training.Muon(student.blocks.parameters(), student.parameters(), run.lr)
     if run.compile:
@@ -127,10 +129,9 @@ def main():
     state = {"student": student, "ema": ema, "optimizer": optimizer}
     seconds = training.train(run, state, step, sheet)
     if seconds is not None:
-        parts, then = (ema.shadow, student.config), f"dmd.py --teacher {args.teacher} --student"
-        training.write_transformer(
-            run, "ode_init", *parts, seconds, codecs, then, stage="ODE-initialised student"
-        )
+        then = shlex.join(["dmd.py", "--teacher", args.teacher, "--student"])
+        parts = (ema.shadow, student.config, seconds, codecs, then)
+        training.write_transformer(run, "ode_init", *parts, stage="ODE-initialised student")
 
 
 if __name__ == "__main__":

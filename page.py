@@ -167,7 +167,8 @@ class Show:
             elif kind == "paused" and isinstance(value, bool):
                 self.paused = value
             else:
-                raise ValueError(f"one of action ({', '.join(NAMES)}), looks, prompt and paused")
+                text = "looks and prompt (1 to 200 bytes)"
+                raise ValueError(f"one of action ({', '.join(NAMES)}), {text} and paused")
             self.error = ""
             self.changed.notify_all()
 

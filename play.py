@@ -129,8 +129,8 @@ def parse_actions(text):
     """Read "right*20,up*10,none" as indices into ACTIONS; UserError for what it cannot read."""
     actions = []
     for part in text.split(","):
-        name, _, times = part.strip().partition("*")
-        times = times or "1"
+        name, held, times = part.strip().partition("*")
+        times = times if held else "1"
         fits = times.isdecimal() and len(times) < 8 and 0 < int(times) <= MOST - len(actions)
         if name not in ACTIONS or not fits:
             raise UserError(

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -426,7 +427,7 @@ def write_trained(run, name, tensors, config, seconds, then=None, **origin):
     weights.save_weights(path, tensors, config, seconds=round(seconds), **origin)
     print(f"wrote {path}")
     if then:
-        print(f"next: python {then} {path}")
+        print(f"next: python {then} {shlex.quote(path)}")
     return path
 
 

@@ -127,8 +127,10 @@ def read_weights(path):
     Raises UserError if the file is missing or damaged."""
     with opened(path) as file:
         config = json.loads((file.metadata() or {}).get("config", "null"))
-        names = list(file.keys())
-        return {name: file.get_tensor(name).float() for name in names}, config
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    if any(tensor.is_complex() for tensor in tensors.values()):
+        raise UserError(f"{path} holds complex numbers, which no network here has")
+    return {name: tensor.float() for name, tensor in tensors.items()}, config
 
 
 def check_config(config, tensors):
@@ -227,4 +229,4 @@ def check_role(path, *stages):
     with opened(path) as file:
         stage = (file.metadata() or {}).get("stage")
     if stage and not any(name in stage for name in stages):
-        raise UserError(f"{path} holds a {stage}; here is asked for: {' or '.join(stages)}")
+        raise UserError(f"{path} holds {stage!r}; here is asked for: {' or '.join(stages)}")

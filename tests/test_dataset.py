@@ -35,6 +35,12 @@ def test_motions_are_drawn_for_training_by_their_shares():
     assert (drawn - expected / expected.sum()).abs().max() < 0.01
 
 
+def test_a_kept_file_that_holds_something_else_is_named(tmp_path):
+    torch.save({"a": 1}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt does not hold states and prompts; delete it"):
+        kept_in(str(tmp_path / "x.pt"), ("states", "prompts"), "", 1, None)
+
+
 @pytest.fixture(scope="module")
 def pieces():
     """(clip [4000, 1], frame [4000, 24]) of pieces out of 48 frames of 8 clips."""
@@ -122,7 +128,7 @@ def keep(path, **how):
         made.append(first)
         return numbers(first, **how)
 
-    return kept_in(str(path), "counting", 4, make), made
+    return kept_in(str(path), ("x", "names"), "counting", 4, make), made
 
 
 def test_parts_are_joined_in_their_order(path):
@@ -173,7 +179,7 @@ def test_a_damaged_file_is_named(path, damage):
 
 def test_a_full_disk_is_named_and_leaves_whole_parts(path):
     with full_disk(), pytest.raises(UserError, match=r"cannot write .*x\.pt\.0: File too large"):
-        kept_in(str(path), "counting", 1, lambda first: iter([{"x": torch.zeros(9999)}]))
+        kept_in(str(path), ("x",), "counting", 1, lambda first: iter([{"x": torch.zeros(9999)}]))
     assert os.listdir(path.parent) == []
 
 

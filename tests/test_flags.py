@@ -135,6 +135,11 @@ def test_known_prompts_are_taken_without_a_word(capsys):
     assert not capsys.readouterr().out
 
 
+def test_a_prompt_without_a_word_is_refused():
+    with pytest.raises(UserError, match="'!!!' has no word"):
+        flags.say_what_is_unknown(["!!!"], 16)
+
+
 def test_a_prompt_that_is_cut_off_is_told(capsys):
     flags.say_what_is_unknown(["a " * 17], 16)
     assert "only the first 16 words count" in capsys.readouterr().out

@@ -135,6 +135,14 @@ def test_the_mark_of_the_byte_order_is_in_no_prompt(tmp_path):
     assert read_prompts(str(path)) == ["a red circle", "a blue star"]
 
 
+def test_prompts_of_joined_files_hold_no_mark_either(tmp_path):
+    path, mark = tmp_path / "prompts.txt", "\ufeff"
+    path.write_text(
+        f"{mark}{mark}a red circle\n{mark}a blue star\na star{mark}\n", encoding="utf-8"
+    )
+    assert read_prompts(str(path)) == ["a red circle", "a blue star", "a star"]
+
+
 def test_prompts_may_hold_what_the_system_allows(tmp_path):
     path, prompts = tmp_path / "prompts.txt", ['what: "this"?', "a <b> | c*", "A star", "a star"]
     path.write_text("\n".join(prompts), encoding="utf-8")

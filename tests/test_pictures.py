@@ -113,12 +113,49 @@ def test_white_is_the_end_of_the_range(read, dtype, white):
     assert shows(read(Image.fromarray(values), "a.tif"), 220, 30, 60, within=0)
 
 
-def test_unsigned_32_bits_are_not_taken_for_signed(tmp_path):
-    values, file = (grey() / 255 * (2**32 - 1)).astype("uint32"), io.BytesIO()
-    Image.fromarray(values.view("int32")).save(file, "TIFF")
-    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, kind) for kind in (2, 1))
-    (tmp_path / "a.tif").write_bytes(file.getvalue().replace(signed, unsigned))
-    assert shows(read_image(str(tmp_path / "a.tif"))[0], 220, 30, 60, within=0)
+@pytest.fixture
+def read_tagged(tmp_path):
+    """Saves values as a .tif file, changes its tags and reads it: (values, {tag: (old, new)})."""
+
+    def call(values, changes):
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, "TIFF")
+        content = file.getvalue()
+        for tag, (old, new) in changes.items():
+            kind = 4 if tag == 256 else 3  # the width is a long
+            was, becomes = (struct.pack("<HHIH", tag, kind, 1, n) for n in (old, new))
+            assert was in content
+            content = content.replace(was, becomes)
+        (tmp_path / "a.tif").write_bytes(content)
+        return read_image(str(tmp_path / "a.tif"))[0]
+
+    return call
+
+
+def test_unsigned_32_bits_are_not_taken_for_signed(read_tagged):
+    values = (grey() / 255 * (2**32 - 1)).astype("uint32").view("int32")
+    assert shows(read_tagged(values, {339: (2, 1)}), 220, 30, 60, within=0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_white_may_be_zero(read_tagged, dtype):
+    values = (255 - grey()).astype(dtype)
+    values = values * 257 if dtype == "uint16" else values
+    assert shows(read_tagged(values, {262: (1, 0)}), 220, 30, 60, within=0)
+
+
+def test_white_of_12_bits_is_the_end_of_their_range(read_tagged):
+    values = (grey() / 255 * 4095).round().astype(">u2")
+    bits = np.unpackbits(values.view("uint8").reshape(64, 96, 2), axis=-1)[..., 4:]
+    packed = np.packbits(bits.reshape(64, -1), axis=-1)  # 144 bytes a row
+    assert shows(read_tagged(packed, {256: (144, 96), 258: (8, 12)}), 220, 30, 60, within=1)
+
+
+def test_many_pixels_are_no_reason_to_warn(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "a.png")
+    assert read_image(str(tmp_path / "a.png")).shape == (1, 3, 64, 64)
+    assert not recwarn.list
 
 
 def test_sixteen_bits_keep_their_precision(read):

@@ -227,7 +227,9 @@ def test_actions_are_read_as_written():
     assert parse_actions("right*3, up,none*2") == [RIGHT] * 3 + [UP] + [0] * 2
 
 
-@pytest.mark.parametrize("text", ["", "right,", "sideways", "up*0", "up*-1", "up*two", "up**2"])
+@pytest.mark.parametrize(
+    "text", ["", "right,", "sideways", "up*", "up*0", "up*-1", "up*two", "up**2"]
+)
 def test_actions_that_cannot_be_read_are_refused(text):
     with pytest.raises(UserError, match="cannot read"):
         parse_actions(text)

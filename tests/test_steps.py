@@ -281,7 +281,7 @@ def test_a_vaes_sheet_shows_the_average(both_ways, monkeypatch):
 def test_trajectories_are_those_of_the_teachers_guided_ode(folder, monkeypatch):
     kept = []
 
-    def solve(path, told, count, make):
+    def solve(path, names, told, count, make):
         kept.extend(make(0))
         return trajectories()
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 
@@ -381,9 +382,11 @@ def test_a_run_that_was_killed_in_its_first_checkpoint_leaves_nothing(tmp_path, 
 # ----------------------------------------------------------------------------- what a run writes
 def test_what_to_do_with_the_weights_is_the_last_line(tmp_path, capsys):
     config, tensors = TextConfig(), {"a": torch.ones(1)}
-    path = write_trained(tiny_run(tmp_path), "x", tensors, config, 1.0, then="sample.py --weights")
-    assert path == str(tmp_path / "x.safetensors")
-    assert capsys.readouterr().out.splitlines()[-1] == f"next: python sample.py --weights {path}"
+    run = tiny_run(tmp_path / "my run")
+    path = write_trained(run, "x", tensors, config, 1.0, then="sample.py --weights")
+    assert path == str(tmp_path / "my run" / "x.safetensors")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(last) == ["next:", "python", "sample.py", "--weights", path]
 
 
 # ------------------------------------------------------------------------------------ the configs

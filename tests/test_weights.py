@@ -1,6 +1,7 @@
 import glob
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -332,7 +333,7 @@ def test_what_is_beside_a_transformer_is_chosen_for_it(family):
 
 
 def test_weights_of_another_role_are_refused():
-    with pytest.raises(UserError, match="holds a teacher; here is asked for: student"):
+    with pytest.raises(UserError, match="holds 'teacher'; here is asked for: student"):
         check_role(shipped("teacher"), "student")
 
 
@@ -361,6 +362,43 @@ def test_two_processes_that_write_one_file_do_not_meet(tmp_path):
         file.write(b"ours")
     assert os.listdir(tmp_path) == ["a.json"]
     assert (tmp_path / "a.json").read_bytes() == b"ours"
+
+
+def ended(main, **streams):
+    """How a script ends whose main() is this Python expression."""
+    script = f"import launch, torch; launch.run_main(lambda: {main})"
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, **streams)
+
+
+@pytest.mark.parametrize("main", ["torch.empty(2**62, dtype=torch.uint8)", "bytes(2**60)"])
+def test_too_little_memory_is_told_in_one_line(main):
+    run = ended(main, capture_output=True)
+    assert run.returncode == 2
+    assert re.fullmatch(r".*error: out of memory: .*\n", run.stderr)
+
+
+def test_another_error_is_no_lack_of_memory():
+    run = ended("torch.zeros(2) @ torch.zeros(3)", capture_output=True)
+    assert "Traceback" in run.stderr
+
+
+def test_a_script_ends_well_without_a_place_to_print():
+    run = ended("print(1)", preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_complex_weights_are_refused(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    save_file({"a": torch.ones(1, dtype=torch.complex64)}, path)
+    with pytest.raises(UserError, match="complex numbers"):
+        read_weights(path)
+
+
+def test_a_stage_is_told_in_one_line(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    save_file({"a": torch.ones(1)}, path, {"stage": "x\n\x1b[31mred"})
+    with pytest.raises(UserError, match=r"holds 'x\\n\\x1b"):
+        check_role(path, "student")
 
 
 SCRIPTS = [
