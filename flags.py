@@ -6,6 +6,7 @@ import math
 import os
 import re
 import time
+import warnings
 
 import torch
 from torch.nn import functional as F
@@ -174,7 +175,9 @@ def on_device(device, dtype="auto", threads=None):
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         device = next((name for name, found in there.items() if found), "cpu")
     try:
-        torch.zeros(1, device=device).item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch no longer uses
+            torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):  # torch without CUDA raises the second
         raise UserError(f"device {device!r} is not available here; try --device auto") from None
     device = torch.device(device)

@@ -4,6 +4,7 @@ Every script imports this module first of all, since it may be stopped in the se
 torch takes. Whoever else imports it keeps Python's own way to end.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -25,6 +26,12 @@ class UserError(Exception):
     """Something the user can put right: shown as one line on stderr, exit status 2."""
 
 
+def fail(told):
+    """End with one line on stderr and status 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {told}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run_main(main):
     """Call main() as a command line does: UserError ends with status 2, Ctrl-C with status 130."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed
@@ -37,16 +44,17 @@ def run_main(main):
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:  # torch raises the second
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
-        told = "a smaller batch, fewer clips or a smaller model may fit"
-        print(f"{os.path.basename(sys.argv[0])}: error: out of memory: {told}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # nobody reads what is printed, as in `python data.py | head -1`
+        fail("out of memory; a smaller batch, fewer clips or a smaller model may fit")
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if error.errno == errno.EPIPE:  # nobody reads it, as in `python data.py | head -1`
+            sys.exit(1)
+        fail("there is no room for what is printed")

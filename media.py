@@ -144,7 +144,7 @@ def _ffmpeg(command, stdin=subprocess.DEVNULL):
 
 def _reason(error):
     """Say in one line what an exception is about."""
-    lines = str(error).strip().splitlines() or ["it has no frames"]
+    lines = str(error).strip().splitlines() or [f"it is shorter than a frame of {1000 / FPS:g} ms"]
     return getattr(error, "strerror", None) or re.sub(r"^\[.*?\] ", "", lines[0])  # [mp4 @ 0x12]
 
 

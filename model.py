@@ -40,7 +40,7 @@ class ModelConfig:
             kind = (int, float) if name == "shift" else int
             sizes = value if name == "patch_size" else (value,)
             if not all(isinstance(size, kind) and 1 <= size < 10**6 for size in sizes):
-                raise ValueError(f"{name} must be a number of at least 1, not {value!r}")
+                raise ValueError(f"{name} must be a number from 1 to 999,999, not {value!r}")
         if len(self.patch_size) != 3 or self.in_dim != self.out_dim or self.freq_dim % 2:
             raise ValueError(
                 "patch_size needs 3 numbers, out_dim to be in_dim, freq_dim to be even"

@@ -11,6 +11,7 @@ import glob
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -128,8 +129,7 @@ def start_run(args):
     path, settings = os.path.join(args.out, "checkpoint.pt"), read_settings(args)
     if args.resume and os.path.exists(path):
         saved = read_saved(path, "meta")  # the weights are read later
-        rates = saved.get("base_lr", [[args.lr]])  # all that an old checkpoint knows
-        compare_settings(args.out, saved.get("settings", {"lr": rates[0][0]}), settings)
+        compare_settings(args.out, saved.get("settings"), settings)
     elif args.resume:
         # all that a run leaves that was stopped before its first checkpoint
         found = os.listdir(args.out) if os.path.isdir(args.out) else ["no folder"]
@@ -278,7 +278,10 @@ def read_saved(path, device="cpu"):
         if not isinstance(saved, dict):
             raise TypeError("it does not hold what this version writes")
     except Exception as error:
-        raise UserError(f"cannot read {path}: {reason(error)}; delete it to begin again") from None
+        told = reason(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch tells how to run what is in it
+            told = "it is damaged, or holds more than numbers and text"
+        raise UserError(f"cannot read {path}: {told}; delete it to begin again") from None
     return saved
 
 

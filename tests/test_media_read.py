@@ -101,6 +101,13 @@ def test_a_video_that_is_cut_short_is_told(tmp_path, capsys):
     assert "is cut short" in capsys.readouterr().out
 
 
+def test_a_video_of_less_than_a_frame_is_told(tmp_path):
+    path = str(tmp_path / "a.mp4")
+    iio.mimwrite(path, [picture(64, 64, 3, "uint8")], fps=120)
+    with pytest.raises(UserError, match=r"a\.mp4.*shorter than a frame of 62.5 ms"):
+        read_video(path)
+
+
 def test_the_name_of_a_video_does_not_make_it_damaged(tmp_path, capsys):
     with FrameWriter(str(tmp_path / "corrupt partial file.mp4")) as writer:
         writer.write(torch.rand(20, 3, 64, 64))

@@ -149,7 +149,7 @@ def test_latents_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("field", ["num_heads", "num_layers", "chunk", "window", "steps"])
 def test_a_count_below_1_is_refused(field):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="from 1 to"):
         ModelConfig(**{field: 0})
 
 

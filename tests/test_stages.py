@@ -136,7 +136,7 @@ def test_bad_flags_end_in_one_line_and_status_2(arguments, words, command_line):
         ('{"width": 48}', "width"),
         ('{"dim": 50, "num_heads": 3}', "dim 50"),
         ('{"dim": 9, "num_heads": 3}', "dim 9"),
-        ('{"num_layers": 0}', "at least 1"),
+        ('{"num_layers": 0}', "from 1 to"),
     ],
     ids=["missing", "not JSON", "a list", "unknown field", "not divisible", "odd heads", "empty"],
 )

@@ -374,7 +374,7 @@ def ended(main, **streams):
 def test_too_little_memory_is_told_in_one_line(main):
     run = ended(main, capture_output=True)
     assert run.returncode == 2
-    assert re.fullmatch(r".*error: out of memory: .*\n", run.stderr)
+    assert re.fullmatch(r".*error: out of memory; .*\n", run.stderr)
 
 
 def test_another_error_is_no_lack_of_memory():
@@ -385,6 +385,15 @@ def test_another_error_is_no_lack_of_memory():
 def test_a_script_ends_well_without_a_place_to_print():
     run = ended("print(1)", preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_full_disk_under_what_is_printed_is_told():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("only Linux has such a file")
+    with open("/dev/full", "w") as full:
+        run = ended("print(1)", stdout=full, stderr=subprocess.PIPE)
+    assert run.returncode == 2
+    assert re.fullmatch(r".*error: there is no room for what is printed\n", run.stderr)
 
 
 def test_complex_weights_are_refused(tmp_path):
