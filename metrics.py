@@ -14,6 +14,7 @@ from data import FPS, REACH, SHAPES, SIZE
 
 PALETTE = data.palette(data.COLOURS)  # [8, 3]
 BACKDROPS = data.palette(data.BACKGROUNDS)  # [4, 3]
+# of a star of radius 1: n inner sin(pi / n) times the square of its outer radius
 AREA = torch.tensor([n * i * math.sin(math.pi / n) * o**2 for n, o, i, _ in SHAPES.values()])
 SMALLEST = 4.0  # pixels: a smaller radius is no shape (the data's smallest is 6.5)
 

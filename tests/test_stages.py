@@ -31,6 +31,7 @@ STAGES = [
     ("vae.py", ["vae"]),
     ("nfd_vae.py", ["vae_frame"]),
     ("teacher.py --clips 16", ["teacher", "text_encoder"]),
+    ("teacher.py --clips 16 --text-encoder " + shipped("text_encoder"), ["teacher"]),
     ("teacher.py --clips 16 --causal", ["causal_teacher"]),
     ("nfd_teacher.py --clips 2 --weights " + shipped("action_teacher"), ["action_teacher"]),
     ("nfd_consistency.py --clips 2", ["player"]),
