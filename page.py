@@ -22,7 +22,7 @@ from media import to_uint8
 from model import DiT
 from play import LOOKS, NAMES
 from sample import PROMPT, chunk_shape, denoise_chunk, from_noise, stream
-from text import TextEncoder
+from text import TextEncoder, split
 from vae import VAE
 from weights import ROOT, UserError, load_model, shipped
 
@@ -158,7 +158,7 @@ class Show:
         single = isinstance(wish, dict) and len(wish) == 1
         kind, value = next(iter(wish.items())) if single else (None, None)
         # half a surrogate pair, which JSON can hold, is a ValueError here
-        worded = isinstance(value, str) and 0 < len(value.strip().encode()) <= 200
+        worded = isinstance(value, str) and len(value.strip().encode()) <= 200 and split(value)
         with self.changed:
             if kind == "action" and value in NAMES:
                 self.turn(value)
@@ -167,7 +167,7 @@ class Show:
             elif kind == "paused" and isinstance(value, bool):
                 self.paused = value
             else:
-                text = "looks and prompt (1 to 200 bytes)"
+                text = "looks and prompt (words, at most 200 bytes)"
                 raise ValueError(f"one of action ({', '.join(NAMES)}), {text} and paused")
             self.error = ""
             self.changed.notify_all()

@@ -18,6 +18,7 @@ WISHES = (
     '{"action": "jump"}',
     '{"action": 7}',
     '{"prompt": ""}',
+    '{"looks": "!!!"}',
     '{"prompt": 5}',
     '{"a": 1, "b": 2}',
     "x" * 5000,
