@@ -57,4 +57,4 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # nobody reads it, as in `python data.py | head -1`
             sys.exit(1)
-        fail("there is no room for what is printed")
+        fail("no space left for what is written or printed")

@@ -393,7 +393,7 @@ def test_a_full_disk_under_what_is_printed_is_told():
     with open("/dev/full", "w") as full:
         run = ended("print(1)", stdout=full, stderr=subprocess.PIPE)
     assert run.returncode == 2
-    assert re.fullmatch(r".*error: there is no room for what is printed\n", run.stderr)
+    assert re.fullmatch(r".*error: no space left for what is written or printed\n", run.stderr)
 
 
 def test_complex_weights_are_refused(tmp_path):
