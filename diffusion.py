@@ -24,6 +24,7 @@ class Schedule:
     Latents [B, T, C, h, w]; times t [B, T], one for each latent frame, or one number for all."""
 
     shift: float = 1.0
+    times: tuple = ()  # thousandths: the grid of as many steps, in place of an even one
 
     def shifted(self, u):
         """Apply the timestep shift to u in [0, 1]: s > 1 spends more of the time at high noise."""
@@ -33,7 +34,10 @@ class Schedule:
     def timesteps(self, steps, start=1.0):
         """The shifted times of `steps` denoising steps, from 1 to 0, both included: [steps + 1].
         start < 1: begin at `start`, and leave out the times before it."""
-        times = self.shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+        u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        if steps == len(self.times):
+            u = torch.tensor([*self.times, 0], dtype=torch.float64) / 1000
+        times = self.shifted(u)
         return torch.cat([times.new_tensor([start]), times[times < start]])
 
     def add_noise(self, x0, eps, t):

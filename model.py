@@ -33,12 +33,13 @@ class ModelConfig:
     chunk: int = 3  # k, latent frames a chunk when used causally
     window: int = 4  # W, chunks that a chunk sees when used causally, itself included
     steps: int = 4  # N, denoising steps of a distilled student
+    times: tuple = ()  # their times in thousandths, before the shift, if not evenly spaced
 
     def __post_init__(self):
-        self.patch_size = tuple(self.patch_size)  # JSON has lists alone
+        self.patch_size, self.times = tuple(self.patch_size), tuple(self.times)  # JSON has lists
         for name, value in vars(self).items():
             kind = (int, float) if name == "shift" else int
-            sizes = value if name == "patch_size" else (value,)
+            sizes = value if name in ("patch_size", "times") else (value,)
             if not all(isinstance(size, kind) and 1 <= size < 10**6 for size in sizes):
                 raise ValueError(f"{name} must be a number from 1 to 999,999, not {value!r}")
         if len(self.patch_size) != 3 or self.in_dim != self.out_dim or self.freq_dim % 2:
@@ -144,7 +145,7 @@ class DiT(nn.Module):
 
     @property
     def schedule(self):
-        return Schedule(shift=self.config.shift)
+        return Schedule(self.config.shift, self.config.times)
 
     def text_keys(self, text):
         """Compute every layer's cross-attention keys and values of text [B, S, text_dim]: once for

@@ -94,6 +94,7 @@ class VAE(nn.Module):
 
     Config = VAEConfig
     space_stride = 8
+    ahead = 0  # frames after its own that a latent frame is made of
 
     def __init__(self, config=None):
         super().__init__()

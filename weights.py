@@ -6,10 +6,13 @@ weights came from. Nothing from a file is ever executed.
 
 import launch
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import pickle
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -76,8 +79,16 @@ def file_hash(*paths):
     """Hash the contents of files: 8 hexadecimal digits."""
     key = hashlib.sha256()
     for path in paths:
+        if os.path.isdir(path):  # of a large network: by its files' names and sizes
+            sizes = [
+                (p[len(path) :], os.path.getsize(p))
+                for p in glob.glob(f"{path}/**/*.*", recursive=True)
+            ]
+            key.update(repr(sorted(sizes)).encode())
+            continue
         with open(path, "rb") as file:
-            key.update(file.read())
+            while part := file.read(2**24):
+                key.update(part)
     return key.hexdigest()[:8]
 
 
@@ -133,6 +144,64 @@ def read_weights(path):
     return {name: tensor.float() for name, tensor in tensors.items()}, config
 
 
+# ------------------------------------------------------------------- files of other projects
+def is_public(path):
+    """Whether a path names weights as other projects write them, without our metadata."""
+    if os.path.isdir(path) or path.endswith((".pt", ".pth", ".json")):
+        return True
+    if not path.endswith(".safetensors"):
+        return False
+    with opened(path) as file:
+        return not {"config", "stage"} & set(file.metadata() or {})
+
+
+def read_json(path):
+    """Read a JSON object. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
+
+
+def map_shards(index):
+    """Map all the files that an index names: name -> tensor. Raises UserError."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} is no index of shards: it has no weight_map")
+    tensors = {}
+    for name in sorted(set(places.values())):
+        tensors |= map_weights(os.path.join(os.path.dirname(index), os.path.basename(name)), False)
+    if missing := sorted(set(places) - set(tensors)):
+        raise UserError(f"{missing[0]} is in none of the shards that {index} names")
+    return tensors
+
+
+def map_weights(path, shards=True):
+    """Map a weights file into memory, so that a tensor is read when it is looked at: a dict.
+
+    path: .safetensors, one of several shards or their index, .pt or .pth, whose code is never run,
+    or a folder that holds the first or the index. Raises UserError.
+    """
+    if os.path.isdir(path):
+        names = [f"diffusion_pytorch_model.safetensors{end}" for end in ("", ".index.json")]
+        path = next((p for p in (os.path.join(path, n) for n in names) if os.path.isfile(p)), path)
+    shard = re.fullmatch(r"(.*)-\d+-of-\d+\.safetensors", path)
+    if path.endswith(".json") or (shards and shard):
+        return map_shards(path if path.endswith(".json") else f"{shard[1]}.safetensors.index.json")
+    if path.endswith(".safetensors"):
+        with opened(path) as file:
+            return {name: file.get_tensor(name) for name in list(file.keys())}
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return found if isinstance(found, dict) else {"": found}
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds code, or is no .pt file; nothing of it was run") from None
+    except (RuntimeError, ValueError, OSError, EOFError, AttributeError, LookupError) as error:
+        raise UserError(f"{path} is not a whole weights file ({reason(error)})") from None
+
+
+# -------------------------------------------------------------------------------------- networks
 def check_config(config, tensors):
     """Raise ValueError for a field that is no number that a model of so many tensors can have."""
     for field in fields(config):
@@ -172,9 +241,16 @@ def check_tensors(expected, tensors):
             raise ValueError(f"{name} is not finite, as a run that failed leaves it")
 
 
-def load_model(network, path, device="cpu"):
-    """Make a network (a class with a `Config`: DiT, VAE, TextEncoder) of its weights file.
+def load_model(network, path, device="cpu", dtype=torch.float32, **options):
+    """Make a network (a class with a `Config`: DiT, VAE, TextEncoder) of its weights file, or of a
+    public one, which takes options: see `wan.load_transformer`.
     Raises UserError if the file is missing, damaged, or of another network."""
+    if is_public(path):
+        import wan  # stands on the last shelf, which none of our own weights need
+
+        return wan.load(network, path, device, dtype, **options)
+    if given := [name for name, value in options.items() if value]:
+        raise UserError(f"--{given[0]} goes with public checkpoints, which {path} is not")
     tensors, config = read_weights(path)
     known = {field.name for field in fields(network.Config)}
     # a field that is 0 stands for something that this network does not have
@@ -189,7 +265,7 @@ def load_model(network, path, device="cpu"):
         model.load_state_dict(tensors)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"the weights in {path} do not fit the model: {reason(error)}") from None
-    return model.to(device).eval()
+    return model.to(device, dtype).eval()
 
 
 def check_fit(model, vae, encoder):
@@ -213,6 +289,10 @@ def beside(path, name):
 def made_with(path, vae, text_encoder, vae_name="vae"):
     """Choose what a transformer's file goes with: the given VAE and text encoder, else those beside
     it, else the shipped. Raises UserError if the file names others; one of before names none."""
+    if is_public(path):
+        import wan
+
+        return wan.made_with(path, vae, text_encoder)
     chosen = {"vae": vae or beside(path, vae_name)}
     chosen["text_encoder"] = text_encoder or beside(path, "text_encoder")
     with opened(path) as file:
@@ -226,7 +306,12 @@ def made_with(path, vae, text_encoder, vae_name="vae"):
 
 def check_role(path, *stages):
     """Raise UserError for weights whose metadata names a stage that is none of these."""
-    with opened(path) as file:
-        stage = (file.metadata() or {}).get("stage")
+    if is_public(path):
+        import wan
+
+        stage = wan.stage(path)
+    else:
+        with opened(path) as file:
+            stage = (file.metadata() or {}).get("stage")
     if stage and not any(name in stage for name in stages):
         raise UserError(f"{path} holds {stage!r}; here is asked for: {' or '.join(stages)}")

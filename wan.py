@@ -1,0 +1,376 @@
+"""Public checkpoints: Wan 2.1, CausVid and Self Forcing, Wan's autoencoders and its text encoder.
+
+The network is `DiT` as it is. This file recognises a checkpoint by its keys, gives them the names
+of Wan's release, reads the config off the tensors' shapes, and holds the published presets.
+docs/WAN.md says where the files are.
+"""
+
+import contextlib
+import glob
+import html
+import importlib
+import math
+import os
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import DiT, ModelConfig
+from text import TextConfig, TextEncoder
+from vae import VAE, Down, MemoryBlock, Up, VAEConfig, conv
+from weights import UserError, check_tensors, map_weights, read_json, reason
+
+WORDS = 512  # tokens of a prompt; shorter ones are padded with zeros, which are attended to
+SIZE = (480, 832)  # height and width that the checkpoints were trained for
+TEACHER_STEPS, GUIDANCE = 50, 5.0  # of the bidirectional model
+CAUSAL = {"chunk": 3, "window": 7}  # the 21 latent frames of 81 frames
+# how each is sampled; times are thousandths before the shift, see `ModelConfig`
+PRESETS = {
+    "wan": {"shift": 5.0, **CAUSAL},
+    # 1000, 757, 522 are entries 0, 36 and 44 of a table of 50 steps with shift 8
+    "causvid": {"shift": 8.0, "steps": 3, "times": (1000, 280, 120), **CAUSAL},
+    "self-forcing": {"shift": 5.0, "steps": 4, **CAUSAL},  # 1000, 750, 500, 250 before the shift
+}
+WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
+# diffusers' names of parameters, and those of the release
+NAMES = [
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^proj_out", "head.head"),
+    (r"^scale_shift_table", "head.modulation"),
+    (r"\.scale_shift_table", ".modulation"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+    (r"\.norm2\.", ".norm3."),
+]
+# what else a file holds, by what is found in its keys
+OTHERS = {
+    "lora": "a LoRA, which has to be merged into its model first",
+    "vace": "VACE, a model for editing",
+    "img_emb|image_embed|k_img|add_k_proj": "an image-to-video model",
+    "face_|motion_encoder|audio": "a model driven by a face or by sound (Wan 2.2)",
+    "control_adapter|ref_conv": "a model with camera control",
+    "scale_weight|scaled_fp8": "quantised weights",
+    "token_embedding|shared.weight": "a text encoder, which goes with --text-encoder",
+    r"decoder\.": "an autoencoder, which goes with --vae",
+}
+
+
+# ------------------------------------------------------------------------------------------- files
+def read_checkpoint(path):
+    """Map a checkpoint into memory: (name -> tensor, the key that they were under or None)."""
+    found = map_weights(path)
+    under = next((name for name in ("generator_ema", "generator") if name in found), None)
+    tensors = found.get(under, found)
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise UserError(f"{path} holds other things than weights")
+    return dict(tensors), under
+
+
+def from_folder(package, network, folder, **options):
+    """Load a network from its folder as diffusers and transformers write it, never from the net."""
+    if not glob.glob(os.path.join(glob.escape(folder), "*.json")):
+        raise UserError(f"there is no {network} in the folder {folder}")
+    try:
+        found = getattr(importlib.import_module(package), network)
+        return found.from_pretrained(folder, local_files_only=True, **options)
+    except ImportError:
+        raise UserError(f"to load {folder}: pip install {package} sentencepiece") from None
+    except Exception as error:  # each of these libraries has its own
+        raise UserError(f"cannot load a {network} from {folder}: {reason(error)}") from None
+
+
+# ------------------------------------------------------------------------------------ transformers
+def released_name(key):
+    """Translate a parameter's name in any of the layouts to that of Wan's release."""
+    key = WRAPPERS.sub("", key).removeprefix("model.")
+    for theirs, ours in NAMES:
+        key = re.sub(theirs, ours, key)
+    return key
+
+
+def kind_of(path, names, under):
+    """Recognise a checkpoint by its keys: a name in PRESETS. Raises UserError for another family,
+    which it names."""
+    for part, title in OTHERS.items():
+        if any(re.search(part, name.lower()) for name in names):
+            raise UserError(f"{path} holds {title}; here is asked for Wan 2.1 text to video")
+    if re.search(r"(high|low)_noise|transformer_2", os.path.abspath(path)):
+        raise UserError(f"{path} is one of the two experts of Wan 2.2; here is asked for Wan 2.1")
+    if not any(released_name(name) == "patch_embedding.weight" for name in names):
+        raise UserError(f"{path} does not hold a DiT, of Wan 2.1 or a model distilled from it")
+    if under == "generator_ema" or (under and any(map(WRAPPERS.search, names))):
+        return "self-forcing"
+    return "causvid" if under else "wan"
+
+
+def stage(path):
+    """Say what a checkpoint can be, in the words of our own metadata: teacher or student."""
+    return "teacher" if kind_of(path, *read_checkpoint(path)) == "wan" else "student"
+
+
+def config_of(path, tensors, preset):
+    """Read the config off the shapes of tensors; the head count from a config.json beside the file,
+    else dim / 128. Raises UserError."""
+    near = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    told = read_json(near) if os.path.isfile(near) else {}
+    try:
+        dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
+        sizes = {"dim": dim, "in_dim": in_dim, "patch_size": patch}
+        sizes["ffn_dim"] = tensors["blocks.0.ffn.0.weight"].shape[0]
+        sizes["freq_dim"] = tensors["time_embedding.0.weight"].shape[1]
+        sizes["text_dim"] = tensors["text_embedding.0.weight"].shape[1]
+        sizes["out_dim"] = tensors["head.head.weight"].shape[0] // math.prod(patch)
+        sizes["num_layers"] = sum(name.endswith(".ffn.0.weight") for name in tensors)
+        sizes["num_heads"] = told.get("num_heads", told.get("num_attention_heads", dim // 128))
+        if in_dim == 48:
+            raise UserError(f"{path} holds Wan 2.2 TI2V-5B; here is asked for Wan 2.1")
+        if in_dim != sizes["out_dim"]:
+            raise UserError(f"{path} takes an image or a control: {in_dim} channels, not 16")
+        return ModelConfig(**sizes, **PRESETS[preset])
+    except KeyError as error:
+        raise UserError(f"{path} is not whole: {error} is missing") from None
+    except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{path}: {reason(error)}; a config.json beside it can tell") from None
+
+
+def load_transformer(path, device, dtype, preset=None, layers=None):
+    """Load a `DiT`, each tensor straight from the mapped file to the device. Raises UserError.
+    preset: how it was distilled, a name in PRESETS (None: as its keys tell); layers: use only the
+    first so many."""
+    tensors, under = read_checkpoint(path)
+    kind = kind_of(path, tensors, under)
+    preset = preset or kind
+    tensors = {released_name(name): tensor for name, tensor in tensors.items()}
+    config = config_of(path, tensors, preset)
+    config.num_layers = min(layers or config.num_layers, config.num_layers)
+    with torch.device("meta"):
+        model = DiT(config)
+    names = [name for name in tensors if not layers or name in model.state_dict()]
+    tensors = {name: tensors[name].to(device, dtype) for name in names}
+    try:
+        check_tensors(model.state_dict(), tensors)
+    except ValueError as error:
+        raise UserError(f"the weights in {path} do not fit the model: {error}") from None
+    model.load_state_dict(tensors, assign=True)
+    times = [round(1000 * t) for t in model.schedule.timesteps(config.steps)[:-1].tolist()]
+    how = f"{config.steps} steps at {times}"
+    if preset == "wan":
+        how = f"as a teacher {TEACHER_STEPS} steps, guidance {GUIDANCE:g}"
+    count = sum(tensor.numel() for tensor in tensors.values()) / 1e9
+    print(f"{path}: a checkpoint of {kind}, {count:.2f} billion parameters")
+    print(f"preset {preset}: {how}, shift {config.shift:g}")
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------ autoencoders
+class InputMemory(MemoryBlock):
+    """TAEHV's residual block: beside each frame it sees its own input of the frame before."""
+
+    def __init__(self, dim):
+        nn.Module.__init__(self)
+        convs = conv(2 * dim, dim), conv(dim, dim), conv(dim, dim)
+        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+
+    def forward(self, x, clips, state):
+        frames = x.unflatten(0, (clips, -1))  # [B, F, C, H, W]
+        past = torch.zeros_like(frames[:, :1])
+        if state is not None:
+            past = state.get(self, past)
+            state[self] = frames[:, -1:]
+        before = torch.cat([past, frames[:, :-1]], dim=1).flatten(0, 1)
+        return F.relu(x + self.conv(torch.cat([x, before], dim=1)))
+
+
+def pointwise(layer):
+    """Make a `Down` or an `Up` see each pixel by itself."""
+    dim, out = layer.conv.in_channels, layer.conv.out_channels
+    layer.conv = nn.Conv2d(dim, out, 1, bias=False)
+    return layer
+
+
+class TinyVAE(VAE):
+    """TAEW2.1: video in [-1, 1] <-> Wan's latents, normalised. Latent frame i is made of the frames
+    4 i .. 4 i + 3 and decoded to 4 i - 3 .. 4 i, so that to encode it has to look 3 frames ahead.
+    """
+
+    ahead = 3
+
+    def __init__(self, latent_dim=16, dim=64, widths=(256, 128, 64, 64)):
+        nn.Module.__init__(self)
+        self.config = VAEConfig(latent_dim=latent_dim)
+        stages = [conv(3, dim), nn.ReLU()]
+        for frames in (2, 2, 1):
+            half = nn.Conv2d(dim, dim, 3, 2, padding=1, bias=False)
+            stages += [pointwise(Down(dim, dim, frames, 1)), half]
+            stages += [InputMemory(dim) for _ in range(3)]
+        self.encoder = nn.ModuleList([*stages, conv(dim, latent_dim)])
+        stages = [nn.Identity(), conv(latent_dim, widths[0]), nn.ReLU()]
+        for frames, dim, out in zip((1, 2, 2), widths[:-1], widths[1:], strict=True):
+            stages += [InputMemory(dim) for _ in range(3)]
+            stages += [nn.Upsample(scale_factor=2), pointwise(Up(dim, dim, frames, 1))]
+            stages += [nn.Conv2d(dim, out, 3, padding=1, bias=False)]
+        self.decoder = nn.ModuleList([*stages, nn.ReLU(), conv(widths[-1], 3)])
+        self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("std", torch.ones(latent_dim), persistent=False)
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, video, state=None):
+        """Encode video [B, F, 3, H, W] as [B, T, C, h, w], T = F / 4 rounded up: the last frame is
+        repeated. The chunks of a stream have 4 n frames. Raises ValueError for others."""
+        if state is not None and video.shape[1] % 4:
+            raise ValueError(f"a stream has chunks of 4 n frames, not {video.shape[1]}")
+        rest = video[:, -1:].expand(-1, -video.shape[1] % 4, -1, -1, -1)
+        return self._run(self.encoder, (torch.cat([video, rest], dim=1) + 1) / 2, state)
+
+    def decode_raw(self, latents, state=None):
+        softly_clamped = 3 * torch.tanh(latents / 3)
+        return 2 * super().decode_raw(softly_clamped, state).clamp(0, 1) - 1
+
+
+class FullVAE(nn.Module):
+    """Wan's own autoencoder as diffusers has it, AutoencoderKLWan, with the state outside."""
+
+    space_stride, ahead, latent_shape = VAE.space_stride, 0, VAE.latent_shape
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae, self.config = vae, VAEConfig(latent_dim=vae.config.z_dim)
+        for name in ("mean", "std"):
+            value = torch.tensor(vae.config[f"latents_{name}"])
+            self.register_buffer(name, value.view(-1, 1, 1, 1), persistent=False)
+
+    def _run(self, name, groups, state):
+        """Run encoder or decoder over groups of frames, each [B, C, F, H, W], one by one."""
+        count = self.vae._cached_conv_counts[name]
+        past, network, parts = list(state.get(name, [None] * count)), getattr(self.vae, name), []
+        for group in groups:
+            first = {"first_chunk": name not in state} if name == "decoder" else {}
+            parts.append(network(group, feat_cache=past, feat_idx=[0], **first))
+            state[name] = past
+        return torch.cat(parts, dim=2)
+
+    def encode(self, video, state=None):
+        """`VAE.encode`."""
+        head, state = 0 if state else 1, {} if state is None else state
+        if video.shape[1] % 4 != head:
+            raise ValueError(f"a clip must have 1 + 4 n frames, not {video.shape[1]}")
+        video = video.to(self.mean.dtype).transpose(1, 2)
+        sizes = [1] * head + [4] * (video.shape[2] // 4)  # the first frame alone
+        groups = video.split(sizes, dim=2)
+        raw = self.vae.quant_conv(self._run("encoder", groups, state)).chunk(2, dim=1)[0]
+        return ((raw - self.mean) / self.std).transpose(1, 2)
+
+    def decode(self, latents, state=None):
+        """`VAE.decode`, within [-1, 1]."""
+        raw = latents.to(self.mean.dtype).transpose(1, 2) * self.std + self.mean
+        groups = self.vae.post_quant_conv(raw).split(1, dim=2)
+        video = self._run("decoder", groups, {} if state is None else state)
+        return video.clamp(-1, 1).transpose(1, 2)
+
+
+def load_vae(path, device, dtype):
+    """Load TAEW2.1 from its file, or AutoencoderKLWan from its folder. Raises UserError."""
+    if os.path.isdir(path):
+        vae = from_folder("diffusers", "AutoencoderKLWan", path, torch_dtype=dtype)
+        return FullVAE(vae).to(device, dtype).eval()
+    tensors, _ = read_checkpoint(path)
+    try:
+        widths = [len(tensors[f"decoder.{place}.weight"]) for place in (1, 8, 14, 20)]
+        latent_dim, dim = tensors["decoder.1.weight"].shape[1], len(tensors["encoder.0.weight"])
+        vae = TinyVAE(latent_dim, dim, widths)
+        for place in (7, 13, 19):  # where a file can make more frames of one, the last count
+            name = f"decoder.{place}.conv.weight"
+            tensors[name] = tensors[name][-vae.decoder[place].conv.out_channels :]
+        check_tensors(vae.state_dict(), tensors)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold a VAE of Wan 2.1, TAEW2.1 ({error})") from None
+    vae.load_state_dict(tensors)
+    return vae.to(device, dtype).eval()
+
+
+# -------------------------------------------------------------------------------------------- text
+def clean(prompt):
+    """Clean a prompt as the release does: broken Unicode, entities of HTML, white space."""
+    with contextlib.suppress(ImportError):
+        prompt = importlib.import_module("ftfy").fix_text(prompt)
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+class UMT5(nn.Module):
+    """UMT5-XXL: prompts to [B, 512, 4096]. It is on the GPU only while it encodes."""
+
+    def __init__(self, folder, device, dtype=torch.bfloat16):
+        super().__init__()
+        parts = [os.path.join(folder, name) for name in ("text_encoder", "tokenizer")]
+        self.network = from_folder("transformers", "UMT5EncoderModel", parts[0], dtype=dtype)
+        self.tokenizer = from_folder("transformers", "AutoTokenizer", parts[1])
+        self.config = TextConfig(text_dim=self.network.config.d_model, words=WORDS)
+        self.device = device
+
+    @torch.no_grad()
+    def forward(self, prompts):
+        """Encode a list of B prompts; what follows a prompt is zero."""
+        how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer([clean(text) for text in prompts], max_length=WORDS, **how)
+        mask = tokens["attention_mask"].to(self.device)
+        network = self.network.eval().to(self.device)
+        text = network(tokens["input_ids"].to(self.device), mask).last_hidden_state
+        self.network.to("cpu")
+        return text * mask[..., None]
+
+
+class GivenText(nn.Module):
+    """An embedding [tokens, width] from a file in place of a text encoder, and beside it perhaps
+    one named null, for the empty prompt; else that is zero."""
+
+    def __init__(self, path):
+        super().__init__()
+        tensors = read_checkpoint(path)[0]
+        null = tensors.pop("null", torch.zeros(1, 1))
+        if len(tensors) != 1:
+            raise UserError(f"{path} must hold one embedding, and perhaps another named null")
+        for name, given in (("text", *tensors.values()), ("null", null)):
+            given = given.float().flatten(0, -2)
+            if not 0 < len(given) <= WORDS or not given.isfinite().all():
+                raise UserError(f"{path} must hold finite numbers, for 1 to {WORDS} tokens")
+            # padded with zeros before the text MLP, as the release does
+            self.register_buffer(name, F.pad(given, (0, 0, 0, WORDS - len(given))))
+        self.config = TextConfig(text_dim=self.text.shape[1], words=WORDS)
+
+    def forward(self, prompts):
+        """The embedding for each of B prompts, whatever it says, but for the empty one."""
+        rows = [self.text if prompt else self.null for prompt in prompts]
+        return torch.stack([row.expand_as(self.text) for row in rows])
+
+
+def made_with(path, vae, text_encoder):
+    """Choose what a public checkpoint goes with: see `weights.made_with`. Raises UserError."""
+    near = os.path.join(os.path.dirname(path), "taew2_1.safetensors")
+    vae = vae or (near if os.path.isfile(near) else None)
+    needed = {"--vae taew2_1.safetensors": vae, "--text-encoder FOLDER": text_encoder}
+    for flag, given in needed.items():
+        if given is None:
+            raise UserError(
+                f"{path} needs {flag}; docs/WAN.md says where it is and what to install"
+            )
+    return vae, text_encoder
+
+
+def load(network, path, device, dtype, **options):
+    """Load a public file in place of one of our own: `weights.load_model` passes them on."""
+    if network is DiT:
+        return load_transformer(path, device, dtype, **options)
+    if network is VAE:
+        return load_vae(path, device, dtype)
+    if network is TextEncoder:
+        text = UMT5(path, device) if os.path.isdir(path) else GivenText(path).to(device)
+        return text.requires_grad_(False)
+    raise UserError(f"{path} does not hold a {network.__name__}")
