@@ -54,14 +54,18 @@ class MemoryBlock(nn.Module):
         """x [clips * F, C, H, W]; state: dict with each block's message to the next frame, or None
         for a whole clip."""
         now, message = self.conv1(F.silu(self.norm1(x))).chunk(2, dim=1)
+        # x + conv(act(norm(conv(x_t) + past(x_{t-1}))))
+        now = now + self.before(message, clips, state)
+        return x + self.conv2(F.silu(self.norm2(now)))
+
+    def before(self, message, clips, state):
+        """Give each frame the message of the frame before it, the first that of the stream."""
         message = message.unflatten(0, (clips, -1))  # [B, F, C, H, W]
         past = torch.zeros_like(message[:, :1])
         if state is not None:
             past = state.get(self, past)
             state[self] = message[:, -1:]
-        # x + conv(act(norm(conv(x_t) + past(x_{t-1}))))
-        now = now + torch.cat([past, message[:, :-1]], dim=1).flatten(0, 1)
-        return x + self.conv2(F.silu(self.norm2(now)))
+        return torch.cat([past, message[:, :-1]], dim=1).flatten(0, 1)
 
 
 class Down(nn.Module):

@@ -97,8 +97,7 @@ def released_name(key):
 
 
 def kind_of(path, names, under):
-    """Recognise a checkpoint by its keys: a name in PRESETS. Raises UserError for another family,
-    which it names."""
+    """Recognise a checkpoint by its keys: a name in PRESETS. Raises UserError for all others."""
     for part, title in OTHERS.items():
         if any(re.search(part, name.lower()) for name in names):
             raise UserError(f"{path} holds {title}; here is asked for Wan 2.1 text to video")
@@ -117,17 +116,17 @@ def stage(path):
 
 
 def config_of(path, tensors, preset):
-    """Read the config off the shapes of tensors; the head count from a config.json beside the file,
+    """Read the config off the tensors' shapes, but the head count from a config.json beside them,
     else dim / 128. Raises UserError."""
     near = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
     told = read_json(near) if os.path.isfile(near) else {}
     try:
         dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
         sizes = {"dim": dim, "in_dim": in_dim, "patch_size": patch}
-        sizes["ffn_dim"] = tensors["blocks.0.ffn.0.weight"].shape[0]
+        sizes["ffn_dim"] = len(tensors["blocks.0.ffn.0.weight"])
         sizes["freq_dim"] = tensors["time_embedding.0.weight"].shape[1]
         sizes["text_dim"] = tensors["text_embedding.0.weight"].shape[1]
-        sizes["out_dim"] = tensors["head.head.weight"].shape[0] // math.prod(patch)
+        sizes["out_dim"] = len(tensors["head.head.weight"]) // math.prod(patch)
         sizes["num_layers"] = sum(name.endswith(".ffn.0.weight") for name in tensors)
         sizes["num_heads"] = told.get("num_heads", told.get("num_attention_heads", dim // 128))
         if in_dim == 48:
@@ -143,8 +142,7 @@ def config_of(path, tensors, preset):
 
 def load_transformer(path, device, dtype, preset=None, layers=None):
     """Load a `DiT`, each tensor straight from the mapped file to the device. Raises UserError.
-    preset: how it was distilled, a name in PRESETS (None: as its keys tell); layers: use only the
-    first so many."""
+    preset: a name in PRESETS (None: what the keys tell); layers: use only the first so many."""
     tensors, under = read_checkpoint(path)
     kind = kind_of(path, tensors, under)
     preset = preset or kind
@@ -163,10 +161,8 @@ def load_transformer(path, device, dtype, preset=None, layers=None):
     times = [round(1000 * t) for t in model.schedule.timesteps(config.steps)[:-1].tolist()]
     how = f"{config.steps} steps at {times}"
     if preset == "wan":
-        how = f"as a teacher {TEACHER_STEPS} steps, guidance {GUIDANCE:g}"
-    count = sum(tensor.numel() for tensor in tensors.values()) / 1e9
-    print(f"{path}: a checkpoint of {kind}, {count:.2f} billion parameters")
-    print(f"preset {preset}: {how}, shift {config.shift:g}")
+        how = f"{TEACHER_STEPS} steps under guidance {GUIDANCE:g}"
+    print(f"{path}: a checkpoint of {kind}; preset {preset}: {how}, shift {config.shift:g}")
     return model.eval()
 
 
@@ -180,13 +176,7 @@ class InputMemory(MemoryBlock):
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x, clips, state):
-        frames = x.unflatten(0, (clips, -1))  # [B, F, C, H, W]
-        past = torch.zeros_like(frames[:, :1])
-        if state is not None:
-            past = state.get(self, past)
-            state[self] = frames[:, -1:]
-        before = torch.cat([past, frames[:, :-1]], dim=1).flatten(0, 1)
-        return F.relu(x + self.conv(torch.cat([x, before], dim=1)))
+        return F.relu(x + self.conv(torch.cat([x, self.before(x, clips, state)], dim=1)))
 
 
 def pointwise(layer):
@@ -197,9 +187,8 @@ def pointwise(layer):
 
 
 class TinyVAE(VAE):
-    """TAEW2.1: video in [-1, 1] <-> Wan's latents, normalised. Latent frame i is made of the frames
-    4 i .. 4 i + 3 and decoded to 4 i - 3 .. 4 i, so that to encode it has to look 3 frames ahead.
-    """
+    """TAEW2.1: video <-> Wan's latents, normalised. Latent frame i is made of the frames 4 i to
+    4 i + 3 and decoded to 4 i - 3 to 4 i, so that encoding has to look 3 frames ahead."""
 
     ahead = 3
 
@@ -252,8 +241,12 @@ class FullVAE(nn.Module):
         count = self.vae._cached_conv_counts[name]
         past, network, parts = list(state.get(name, [None] * count)), getattr(self.vae, name), []
         for group in groups:
-            first = {"first_chunk": name not in state} if name == "decoder" else {}
-            parts.append(network(group, feat_cache=past, feat_idx=[0], **first))
+            if name == "encoder":
+                part = self.vae.quant_conv(network(group, feat_cache=past, feat_idx=[0]))
+            else:
+                first, group = name not in state, self.vae.post_quant_conv(group)
+                part = network(group, feat_cache=past, feat_idx=[0], first_chunk=first)
+            parts.append(part)
             state[name] = past
         return torch.cat(parts, dim=2)
 
@@ -265,21 +258,22 @@ class FullVAE(nn.Module):
         video = video.to(self.mean.dtype).transpose(1, 2)
         sizes = [1] * head + [4] * (video.shape[2] // 4)  # the first frame alone
         groups = video.split(sizes, dim=2)
-        raw = self.vae.quant_conv(self._run("encoder", groups, state)).chunk(2, dim=1)[0]
+        raw = self._run("encoder", groups, state).chunk(2, dim=1)[0]
         return ((raw - self.mean) / self.std).transpose(1, 2)
 
     def decode(self, latents, state=None):
         """`VAE.decode`, within [-1, 1]."""
         raw = latents.to(self.mean.dtype).transpose(1, 2) * self.std + self.mean
-        groups = self.vae.post_quant_conv(raw).split(1, dim=2)
-        video = self._run("decoder", groups, {} if state is None else state)
+        video = self._run("decoder", raw.split(1, dim=2), {} if state is None else state)
         return video.clamp(-1, 1).transpose(1, 2)
 
 
 def load_vae(path, device, dtype):
     """Load TAEW2.1 from its file, or AutoencoderKLWan from its folder. Raises UserError."""
     if os.path.isdir(path):
-        vae = from_folder("diffusers", "AutoencoderKLWan", path, torch_dtype=dtype)
+        inner = os.path.join(path, "vae")
+        folder = inner if os.path.isdir(inner) else path
+        vae = from_folder("diffusers", "AutoencoderKLWan", folder, torch_dtype=dtype)
         return FullVAE(vae).to(device, dtype).eval()
     tensors, _ = read_checkpoint(path)
     try:
@@ -298,7 +292,7 @@ def load_vae(path, device, dtype):
 
 # -------------------------------------------------------------------------------------------- text
 def clean(prompt):
-    """Clean a prompt as the release does: broken Unicode, entities of HTML, white space."""
+    """Clean a prompt as the release does: Unicode, entities of HTML, white space."""
     with contextlib.suppress(ImportError):
         prompt = importlib.import_module("ftfy").fix_text(prompt)
     return " ".join(html.unescape(html.unescape(prompt)).split())
@@ -334,34 +328,23 @@ class GivenText(nn.Module):
     def __init__(self, path):
         super().__init__()
         tensors = read_checkpoint(path)[0]
-        null = tensors.pop("null", torch.zeros(1, 1))
-        if len(tensors) != 1:
-            raise UserError(f"{path} must hold one embedding, and perhaps another named null")
-        for name, given in (("text", *tensors.values()), ("null", null)):
+        null = tensors.pop("null", None)
+        text = next(iter(tensors.values()), torch.zeros(1))
+        null = torch.zeros_like(text) if null is None else null
+        one = (
+            len(tensors) == 1 and min(text.ndim, null.ndim) > 1 and text.shape[-1] == null.shape[-1]
+        )
+        for name, given in (("text", text), ("null", null)):
+            if not one or not 0 < given[..., 0].numel() <= WORDS or not given.isfinite().all():
+                raise UserError(f"{path} must hold one embedding, finite, of 1 to {WORDS} tokens")
             given = given.float().flatten(0, -2)
-            if not 0 < len(given) <= WORDS or not given.isfinite().all():
-                raise UserError(f"{path} must hold finite numbers, for 1 to {WORDS} tokens")
             # padded with zeros before the text MLP, as the release does
             self.register_buffer(name, F.pad(given, (0, 0, 0, WORDS - len(given))))
         self.config = TextConfig(text_dim=self.text.shape[1], words=WORDS)
 
     def forward(self, prompts):
         """The embedding for each of B prompts, whatever it says, but for the empty one."""
-        rows = [self.text if prompt else self.null for prompt in prompts]
-        return torch.stack([row.expand_as(self.text) for row in rows])
-
-
-def made_with(path, vae, text_encoder):
-    """Choose what a public checkpoint goes with: see `weights.made_with`. Raises UserError."""
-    near = os.path.join(os.path.dirname(path), "taew2_1.safetensors")
-    vae = vae or (near if os.path.isfile(near) else None)
-    needed = {"--vae taew2_1.safetensors": vae, "--text-encoder FOLDER": text_encoder}
-    for flag, given in needed.items():
-        if given is None:
-            raise UserError(
-                f"{path} needs {flag}; docs/WAN.md says where it is and what to install"
-            )
-    return vae, text_encoder
+        return torch.stack([self.text if prompt else self.null for prompt in prompts])
 
 
 def load(network, path, device, dtype, **options):

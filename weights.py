@@ -290,9 +290,14 @@ def made_with(path, vae, text_encoder, vae_name="vae"):
     """Choose what a transformer's file goes with: the given VAE and text encoder, else those beside
     it, else the shipped. Raises UserError if the file names others; one of before names none."""
     if is_public(path):
-        import wan
-
-        return wan.made_with(path, vae, text_encoder)
+        near = os.path.join(os.path.dirname(path), "taew2_1.safetensors")
+        vae = vae or (near if os.path.isfile(near) else None)
+        needed = {"--vae taew2_1.safetensors": vae, "--text-encoder FOLDER": text_encoder}
+        for flag, given in needed.items():
+            if given is None:
+                told = "docs/WAN.md says where it is and what to install"
+                raise UserError(f"{path} needs {flag}: {told}")
+        return vae, text_encoder
     chosen = {"vae": vae or beside(path, vae_name)}
     chosen["text_encoder"] = text_encoder or beside(path, "text_encoder")
     with opened(path) as file:
