@@ -12,8 +12,9 @@ GUIDANCE = 2.0  # the paper: 3.5; in the small shapes world 2 makes cleaner shap
 
 def per_frame(t, like):
     """Shape times t [B, T], or one time, so that they multiply latents [B, T, C, h, w]."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    t = torch.as_tensor(t).to(dtype).to(like.device)
+    if not torch.is_tensor(t) or t.ndim == 0:
+        return float(t)  # which no device has to be waited for
+    t = t.to(like.device, torch.promote_types(like.dtype, torch.float32))
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
 
 
@@ -68,6 +69,12 @@ class Schedule:
         return self.add_noise(self.x0(x_t, v, t), self.eps(x_t, v, t), r)
 
 
+def on_its_way(x, device):
+    """Send a tensor to a device without waiting for it to arrive."""
+    cuda = torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if cuda else x.to(device)
+
+
 def noise_source(generator, device="cpu"):
     """Make the function noise(shape) that draws from a generator on the CPU, or from a list of
     them, one for each video of the batch: a seed gives the same noise on every device."""
@@ -75,8 +82,8 @@ def noise_source(generator, device="cpu"):
     def noise(shape):
         if isinstance(generator, list):
             rows = [torch.randn(shape[1:], generator=g) for g in generator]
-            return torch.stack(rows).to(device)
-        return torch.randn(shape, generator=generator).to(device)
+            return on_its_way(torch.stack(rows), device)
+        return on_its_way(torch.randn(shape, generator=generator), device)
 
     return noise
 
@@ -99,9 +106,10 @@ def flow_matching_loss(model, x0, t, text, generator, **attention):
 
 
 # ---------------------------------------------------------------------------------------- sampling
-def with_null(text):
-    """Append as many null prompts, which are all zeros, to text [B, S, text_dim]: [2 B, ...]."""
-    return torch.cat([text, torch.zeros_like(text)])
+def with_null(text, null=None):
+    """Append as many null prompts to text [B, S, text_dim]: [2 B, S, text_dim].
+    null [1, S, text_dim]: what they are, if not zeros."""
+    return torch.cat([text, torch.zeros_like(text) if null is None else null.expand_as(text)])
 
 
 def guided_v(model, x_t, t, text, guidance, **attention):
@@ -125,10 +133,10 @@ def solve_ode(velocity, x, times, schedule):
 
 
 @torch.no_grad()
-def solve_teacher(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE):
+def solve_teacher(model, x, text, steps=TEACHER_STEPS, guidance=GUIDANCE, null=None):
     """Solve the bidirectional teacher's guided ODE from noise x [B, T, C, h, w]: its states at
     schedule.timesteps(steps), [steps + 1, B, T, C, h, w], noise first, x0 last."""
-    keys = model.text_keys(with_null(text))
+    keys = model.text_keys(with_null(text, null))
 
     def velocity(x_t, t):
         return guided_v(model, x_t, t, keys, guidance)

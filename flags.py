@@ -11,9 +11,11 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from data import BACKGROUNDS, COLOURS, FPS, MOTIONS, SHAPES, WORDINGS
+from data import BACKGROUNDS, COLOURS, FPS, FRAMES, MOTIONS, SHAPES, WORDINGS
+from diffusion import TEACHER_STEPS
+from media import check_out, read_prompts
 from text import split
-from weights import UserError
+from weights import UserError, shipped
 
 
 # -------------------------------------------------------------------------------------- the parser
@@ -104,6 +106,11 @@ def source(text):
     return text
 
 
+def parts(text):
+    """A flag's type: a file that can be read, or a folder with the files of a public network."""
+    return text if os.path.isdir(words(text)) else source(text)
+
+
 def picture(text):
     """A flag's type: a .png file in a folder that can be written to."""
     folder = os.path.dirname(words(text)) or "."
@@ -145,7 +152,7 @@ def codec_flags(parser):
     """Add the flags --vae and --text-encoder: the frozen networks that a transformer goes with."""
     for flag, name in (("--vae", "autoencoder"), ("--text-encoder", "text encoder")):
         told = f"weights of the {name} (those beside the transformer's, else the shipped)"
-        parser.add_argument(flag, type=source, help=told)
+        parser.add_argument(flag, type=parts, help=told)
 
 
 @functools.lru_cache(1)
@@ -194,14 +201,81 @@ def on_device(device, dtype="auto", threads=None):
     return device, getattr(torch, dtype)
 
 
+# ---------------------------------------------------------------------------------- the sampler's
+def sample_args(example):
+    """Read the command line of sample.py. example: a prompt. Raises UserError."""
+    parser = Parser("Make a video from a prompt, streaming it chunk by chunk.")
+    add = parser.add_argument
+    add("--prompt", type=words, action=Once, help=f'such as "{example}"')
+    told = "length at 16 frames/s (5; with --video the video's)"
+    add("--seconds", type=real(0, 10**7, above=True), help=told)
+    add("--seed", type=SEED, default=0, help="of the noise")
+    told = "FILE.mp4, .gif, or .png for a sheet (sample.mp4); with --prompts a folder (samples)"
+    add("--out", type=words, help=told)
+    where = ("SECONDS", "TEXT")
+    told = "change the prompt on the way; any number of times"
+    add("--prompt-at", nargs=2, action="append", default=[], metavar=where, help=told)
+    add("--image", type=source, help="begin with this image")
+    add("--video", type=source, help="follow this video")
+    told = "the time t that --video is noised to, 0 to 1 (0.7)"
+    add("--strength", type=real(0, 1), help=told)
+    told = "a file of prompts, one a line: videos of all into the folder --out"
+    add("--prompts", type=source, help=told)
+    add("--samples", type=whole(1, 10**6), help="videos for each of --prompts (5)")
+    told = f"denoising steps (the weights' own; teacher {TEACHER_STEPS})"
+    add("--steps", type=whole(1, 1000), help=told)
+    told = "chunks that a chunk attends to, itself included (the weights' own)"
+    add("--window", type=whole(1, 1000), help=told)
+    told = f"sample a bidirectional many-step teacher, at most {FRAMES} frames (the shipped)"
+    teacher = {"nargs": "?", "const": shipped("teacher"), "metavar": "FILE", "type": parts}
+    add("--teacher", help=told, **teacher)
+    add("--weights", type=parts, default=shipped("student"), help="weights of the student")
+    codec_flags(parser)
+    public_flags(parser)
+    device_flags(parser)
+    args = parser.parse_args()
+    check_combination(args, example)
+    args.text_encoder = args.text_encoder or args.text_embedding
+    args.seconds = args.seconds or (None if args.video else 5.0)
+    args.prompt = args.prompt or args.text_embedding
+    args.changes = prompt_changes(args.prompt, args.prompt_at, args.seconds or math.inf)
+    args.frames = args.seconds and max(1, round(args.seconds * FPS))
+    if args.teacher and args.frames > FRAMES:
+        raise UserError(f"the teacher makes at most {FRAMES} frames, {FRAMES / FPS:.2f} seconds")
+    if args.prompts:
+        args.prompts = read_prompts(args.prompts)
+        args.out = args.out or "samples"
+    else:
+        args.out = args.out or "sample.mp4"
+        check_out(args.out)
+    return args
+
+
+def public_flags(parser):
+    """Add the flags of public checkpoints and of videos of their size."""
+    add = parser.add_argument
+    told = "height and width of the video (64 64; of a public checkpoint 480 832)"
+    add("--size", nargs=2, type=whole(16, 4096), metavar=("H", "W"), help=told)
+    told = "sample a public checkpoint as this one is sampled (what its keys tell)"
+    add("--preset", choices=["causvid", "self-forcing"], help=told)
+    told = "use only the first layers of a public checkpoint, to try things out"
+    add("--layers", type=whole(1, 1000), help=told)
+    told = "an embedding of a prompt for a public checkpoint, in place of all prompts"
+    add("--text-embedding", type=source, help=told)
+    told = "what a teacher's guidance leads away from (the empty prompt)"
+    add("--negative", type=words, help=told)
+
+
 # -------------------------------------------------------------------------- prompts and steering
 def check_combination(args, example):
     """Raise UserError for flags of sample.py that do not go together."""
-    if (args.prompt is None) == (args.prompts is None):
+    if args.text_embedding and (args.prompt or args.prompts or args.prompt_at or args.text_encoder):
+        raise UserError("--text-embedding stands in place of every prompt and of --text-encoder")
+    if not args.text_embedding and (args.prompt is None) == (args.prompts is None):
         raise UserError(f'give one of --prompt and --prompts; try --prompt "{example}"')
     if args.image and args.video:
         raise UserError("give one of --image and --video")
-    check_needed(args, samples="prompts", strength="video")
+    check_needed(args, samples="prompts", strength="video", negative="teacher")
     steering = {"image": args.image, "video": args.video, "prompt-at": args.prompt_at}
     for flag, value in steering.items():
         if value and (args.teacher or args.prompts):
@@ -217,6 +291,13 @@ def check_needed(args, **needed):
         if getattr(args, flag) is not None and not getattr(args, other):
             flag, other = flag.replace("_", "-"), other.replace("_", "-")
             raise UserError(f"--{flag} goes with --{other}")
+
+
+def check_size(size, stride, patch):
+    """Raise UserError for a height and width that do not split into latents and patches."""
+    for side, cut in zip(size, patch[1:], strict=True):
+        if side % (stride * cut):
+            raise UserError(f"--size must be multiples of {stride * cut}, not {side}")
 
 
 def prompt_changes(prompt, changes, end):

@@ -28,22 +28,22 @@ ENDS = [getattr(signal, end) for end in ("SIGINT", "SIGTERM", "SIGHUP") if hasat
 
 
 def fit(frame, size):
-    """Resize a picture to cover a square and crop its middle: [3, size, size] in [-1, 1].
+    """Resize a picture to cover size (H, W) and crop its middle: [3, H, W] in [-1, 1].
     frame: an array [H, W] or [H, W, 1 to 4], 8 or 16 bits or in [0, 1]; transparent is black."""
     white = {1: 255, 2: 65535}.get(frame.dtype.itemsize, 1)
     pixels = torch.atleast_3d(torch.from_numpy(frame.astype("float32") / white))
     if pixels.shape[-1] in (2, 4):
         pixels = pixels[..., :-1] * pixels[..., -1:]
     pixels = pixels.expand(*pixels.shape[:2], 3).permute(2, 0, 1)
-    scale = size / min(pixels.shape[1:])
-    shape = [max(size, round(side * scale)) for side in pixels.shape[1:]]
+    scale = max(wanted / side for wanted, side in zip(size, pixels.shape[1:], strict=True))
+    shape = [max(w, round(s * scale)) for w, s in zip(size, pixels.shape[1:], strict=True)]
     pixels = torch.nn.functional.interpolate(pixels[None], shape, mode="bilinear", antialias=True)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return (pixels[0, :, top : top + size, left : left + size] * 2 - 1).clamp(-1, 1)
+    top, left = ((side - wanted) // 2 for wanted, side in zip(size, shape, strict=True))
+    return (pixels[0, :, top : top + size[0], left : left + size[1]] * 2 - 1).clamp(-1, 1)
 
 
-def read_image(path, size=SIZE):
-    """Read an image file, or its first page: [1, 3, size, size] in [-1, 1]. Raises UserError."""
+def read_image(path, size=(SIZE, SIZE)):
+    """Read an image file, or its first page: [1, 3, H, W] in [-1, 1]. Raises UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of many pixels
@@ -51,8 +51,9 @@ def read_image(path, size=SIZE):
                 image = _pixels(file)
     except Exception as error:  # each of Pillow's decoders has its own
         raise UserError(f"cannot read the image {path!r}: {_reason(error)}; try another") from None
-    if image.shape[:2] != (size, size):
-        print(f"{path}: {image.shape[1]} x {image.shape[0]} resized and cropped to {size} x {size}")
+    if image.shape[:2] != tuple(size):
+        fitted = f"resized and cropped to {size[1]} x {size[0]}"
+        print(f"{path}: {image.shape[1]} x {image.shape[0]} {fitted}")
     return fit(image, size)[None]
 
 
@@ -84,8 +85,8 @@ def _pixels(image):
     return grey if key is None else np.stack([grey, values != key], axis=-1)
 
 
-def read_video(path, size=SIZE):
-    """Stream a video: (frames [3, size, size] in [-1, 1] at 16 a second, about how many or None)"""
+def read_video(path, size=(SIZE, SIZE)):
+    """Stream a video: (frames [3, H, W] in [-1, 1] at 16 a second, about how many or None)"""
     try:
         found, seconds, _, whole = _look(path)
         frames = _decode(path, size)
@@ -94,8 +95,9 @@ def read_video(path, size=SIZE):
         raise UserError(f"cannot read a video from {path!r}: {_reason(error)}") from None
     if not whole:
         print(f"{path} is cut short or damaged; it is used as far as it can be read")
-    if found != f"{size} x {size} at {FPS} frames/s":
-        print(f"{path}: {found} resized and cropped to {size} x {size}, at {FPS}")
+    fitted = f"{size[1]} x {size[0]}"
+    if found != f"{fitted} at {FPS} frames/s":
+        print(f"{path}: {found} resized and cropped to {fitted}, at {FPS}")
     return itertools.chain([first], frames), seconds and max(1, round(seconds * FPS))
 
 
@@ -120,14 +122,16 @@ def _look(path):
 
 
 def _decode(path, size):
-    """Decode a video to frames [3, size, size], which ffmpeg turns upright, scales and crops."""
-    cover = f"scale='max({size},round({size}*dar))':'max({size},round({size}/dar))'"
+    """Decode a video to frames [3, H, W], which ffmpeg turns upright, scales and crops."""
+    height, width = size
+    cover = f"scale='max({width},round({height}*dar))':'max({height},round({width}/dar))'"
     exact = "flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
-    steps = f"setpts=PTS-STARTPTS,fps={FPS},{cover}:{exact},format=rgba,crop={size}:{size}"
+    steps = f"setpts=PTS-STARTPTS,fps={FPS},{cover}:{exact},format=rgba,crop={width}:{height}"
     command = ["-i", f"file:{path}", "-map", "0:V:0", "-vf", steps, "-f", "rawvideo", "-"]
     with _ffmpeg(["-v", "quiet", *command]) as process:
-        while len(frame := process.stdout.read(4 * size * size)) == 4 * size * size:
-            yield fit(np.frombuffer(frame, "uint8").reshape(size, size, 4), size)
+        whole = 4 * height * width
+        while len(frame := process.stdout.read(whole)) == whole:
+            yield fit(np.frombuffer(frame, "uint8").reshape(height, width, 4), size)
 
 
 def _ffmpeg(command, stdin=subprocess.DEVNULL):

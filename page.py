@@ -16,15 +16,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import imageio.v3 as iio
 import torch
 
-from data import BACKGROUNDS, COLOURS, FPS, MOTIONS, SHAPES
+from data import BACKGROUNDS, COLOURS, FPS, MOTIONS, SHAPES, SIZE
 from diffusion import noise_source
+from flags import check_size
 from media import to_uint8
 from model import DiT
 from play import LOOKS, NAMES
 from sample import PROMPT, chunk_shape, denoise_chunk, from_noise, stream
 from text import TextEncoder, split
 from vae import VAE
-from weights import ROOT, UserError, load_model, shipped
+from weights import ROOT, UserError, check_fit, load_model, shipped
 
 AHEAD = 12  # frames that wait to be shown, at most: a chunk of the text model
 WAIT = 2  # seconds for the body of a request, which comes with its headers
@@ -274,9 +275,9 @@ def handler(show):
     return Handler
 
 
-def stream_text(student, vae, encoder, prompt, seed=0):
+def stream_text(student, vae, encoder, prompt, seed=0, size=(SIZE, SIZE)):
     """Stream frames [3, H, W] of the text model; prompt() says what they show from now on."""
-    shape = chunk_shape(student, vae, 1)
+    shape = chunk_shape(student, vae, 1, size)
     noise = noise_source(torch.Generator().manual_seed(seed), student.head.head.weight.device)
     starts = from_noise(noise, shape, student.schedule.timesteps(student.config.steps))
 
@@ -290,12 +291,24 @@ def stream_text(student, vae, encoder, prompt, seed=0):
         yield from video[0]
 
 
-def serve(player, device, dtype, port, looks=LOOKS, seed=0, browser=True):
-    """Serve the page on localhost until Ctrl-C, and open it. player(looks, seed) -> Player."""
-    student = load_model(DiT, shipped("student"), device).to(dtype)
-    vae = load_model(VAE, shipped("vae"), device).to(dtype)
-    encoder = load_model(TextEncoder, shipped("text_encoder"), device)
-    show = Show(player, functools.partial(stream_text, student, vae, encoder), looks, seed)
+SHIPPED = tuple(shipped(name) for name in ("student", "vae", "text_encoder"))
+
+
+def serve(
+    player, device, dtype, port, looks=LOOKS, seed=0, browser=True, files=SHIPPED, size=(SIZE, SIZE)
+):
+    """Serve the page on localhost until Ctrl-C, and open it. player(looks, seed) -> Player.
+    files: of the text model, which the page begins with if they are not the shipped ones; size: of
+    its video, (H, W)."""
+    student, vae = (
+        load_model(DiT, files[0], device, dtype),
+        load_model(VAE, files[1], device, dtype),
+    )
+    encoder = load_model(TextEncoder, files[2], device)
+    check_fit(student, vae, encoder)
+    check_size(size, vae.space_stride, student.config.patch_size)
+    streamed = functools.partial(stream_text, student, vae, encoder, size=size)
+    show = Show(player, streamed, looks, seed, mode="play" if files == SHIPPED else "text")
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), handler(show))
     except OSError as error:

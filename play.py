@@ -160,16 +160,28 @@ def main():
     add("--no-browser", dest="browser", action="store_false", help=told)
     told = "weights of the transformer"
     add("--weights", default=shipped("player"), type=flags.source, help=told)
+    told = "begin the page with this text model, to which --vae and --text-encoder then belong"
+    add("--student", type=flags.parts, help=told)
+    told = "height and width of the video of --student (64 64; of a public checkpoint 480 832)"
+    add("--size", nargs=2, type=flags.whole(16, 4096), metavar=("H", "W"), help=told)
     flags.codec_flags(parser)
     flags.device_flags(parser)
     args = parser.parse_args()
-    flags.check_needed(args, out="actions")
+    flags.check_needed(args, out="actions", size="student")
+    if args.student and args.actions:
+        raise UserError("--student goes with the page, not with --actions")
     args.out = args.out or "play.mp4"
     actions = args.actions and parse_actions(args.actions)
     if actions:
         check_out(args.out)
     weights.check_role(args.weights, "player", "action teacher")
-    vae, encoder = weights.made_with(args.weights, args.vae, args.text_encoder, "vae_frame")
+    own, text_model = (args.vae, args.text_encoder), {}
+    if args.student:
+        weights.check_role(args.student, "student")
+        text_model["files"] = (args.student, *weights.made_with(args.student, *own))
+        text_model["size"] = args.size or weights.own_size(args.student)
+        own = (None, None)
+    vae, encoder = weights.made_with(args.weights, *own, "vae_frame")
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     model = load_model(ActionDiT, args.weights, device).to(dtype)
     vae, encoder = load_model(VAE, vae, device).to(dtype), load_model(TextEncoder, encoder, device)
@@ -183,7 +195,8 @@ def main():
     if actions is None:
         import page
 
-        page.serve(player, device, dtype, args.port, args.looks, args.seed, args.browser)
+        given = (args.port, args.looks, args.seed, args.browser)
+        page.serve(player, device, dtype, *given, **text_model)
         return
     world, started = player(args.looks, args.seed), time.perf_counter()
     with FrameWriter(args.out, len(actions)) as writer:

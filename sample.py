@@ -9,7 +9,6 @@ new prompts on the way: `stream` is the loop, and what varies comes in from outs
 import launch
 import functools
 import itertools
-import math
 import os
 import time
 
@@ -18,13 +17,13 @@ from tqdm import tqdm
 
 import flags
 import weights
-from data import FPS, FRAMES, SIZE
+from data import FPS, SIZE
 from diffusion import GUIDANCE, TEACHER_STEPS, guided_v, noise_source, solve_ode, solve_teacher
-from media import check_out, read_image, read_prompts, read_video, until_interrupted, write_videos
+from media import read_image, read_video, until_interrupted, write_videos
 from model import DiT
 from text import TextEncoder
 from vae import VAE
-from weights import UserError, check_fit, load_model, shipped
+from weights import check_fit, load_model
 
 PROMPT = "a red circle bouncing on a black background"
 
@@ -79,8 +78,12 @@ def stream(model, vae, prompt, starts, cache, denoise):
         keys = prompt(frames)
         x0 = denoise(x, times, keys, cache)
         video = vae.decode(x0, decoder_state)
+        later = not x0.is_cuda  # there the pass is only launched, and runs while the viewer looks
+        if not later:
+            remember_chunk(model, x0, keys, cache)
         yield x0, video[:, :shown]
-        remember_chunk(model, x0, keys, cache)  # after the viewer has seen it
+        if later:
+            remember_chunk(model, x0, keys, cache)
         frames += video.shape[1]
 
 
@@ -101,7 +104,7 @@ def from_video(pieces, vae, noise, shape, times, schedule):
     At times[0] = 0 the stream is the autoencoder's reconstruction, at 1 it ignores the video."""
     encoder_state = {}
     for index, piece in enumerate(pieces):
-        x, frames = noise(shape), piece.shape[1]
+        x, frames = noise(shape), piece.shape[1] - (vae.ahead if index == 0 else 0)
         # the last piece may end within a latent frame: repeat its last frame
         missing = -(frames - (index == 0)) % vae.config.time_stride
         piece = torch.cat([piece, piece[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
@@ -109,13 +112,23 @@ def from_video(pieces, vae, noise, shape, times, schedule):
         yield schedule.add_noise(x0, x[:, : x0.shape[1]], times[0]), times, frames
 
 
-def pieces(frames, chunk, stride):
+def pieces(frames, chunk, stride, ahead=0):
     """Group a video's frames, an iterator of [3, H, W], into the frames of each chunk:
-    [1, F, 3, H, W] with F = 1 + stride (k - 1), then stride k; the last has what is left."""
-    frames, size = iter(frames), 1 + stride * (chunk - 1)
+    [1, F, 3, H, W] with F = 1 + stride (k - 1), then stride k; the last has what is left.
+    ahead: as many more in the first, for an encoder that looks ahead, and as many after the end."""
+    frames, size = lengthened(frames, ahead), 1 + stride * (chunk - 1) + ahead
     while piece := list(itertools.islice(frames, size)):
         yield torch.stack(piece)[None]
         size = stride * chunk
+
+
+def lengthened(frames, count):
+    """Pass on frames, then the last of them `count` times."""
+    last = []
+    for frame in frames:
+        last = [frame]
+        yield frame
+    yield from last * count
 
 
 def prompt_at(changes):
@@ -145,60 +158,18 @@ def text_to_video(model, vae, text, generator, steps=None, window=None, size=(SI
 
 
 @torch.no_grad()
-def sample_teacher(model, vae, text, generator, frames, steps=TEACHER_STEPS):
+def sample_teacher(
+    model, vae, text, generator, frames, steps=TEACHER_STEPS, size=(SIZE, SIZE), **guidance
+):
     """Sample the bidirectional teacher's clips as one chunk, (latents, video [B, frames, ...])."""
-    shape = (len(text), *vae.latent_shape(frames, SIZE, SIZE))
-    x0 = solve_teacher(model, noise_source(generator, text.device)(shape), text, steps)[-1]
-    return x0, vae.decode(x0)[:, :frames]
+    noise, state = noise_source(generator, text.device), {}
+    x = noise((len(text), *vae.latent_shape(frames, *size)))
+    x0 = solve_teacher(model, x, text, steps, **guidance)[-1]
+    parts = [vae.decode(part, state) for part in x0.split(model.config.chunk, dim=1)]
+    return x0, torch.cat(parts, dim=1)[:, :frames]
 
 
 # ---------------------------------------------------------------------------------- command line
-def parse_args():
-    parser = flags.Parser("Make a video from a prompt, streaming it chunk by chunk.")
-    add = parser.add_argument
-    add("--prompt", type=flags.words, action=flags.Once, help=f'such as "{PROMPT}"')
-    told = "length at 16 frames/s (5; with --video the video's)"
-    add("--seconds", type=flags.real(0, 10**7, above=True), help=told)
-    add("--seed", type=flags.SEED, default=0, help="of the noise")
-    told = "FILE.mp4, .gif, or .png for a sheet (sample.mp4); with --prompts a folder (samples)"
-    add("--out", type=flags.words, help=told)
-    where = ("SECONDS", "TEXT")
-    told = "change the prompt on the way; any number of times"
-    add("--prompt-at", nargs=2, action="append", default=[], metavar=where, help=told)
-    add("--image", type=flags.source, help="begin with this image")
-    add("--video", type=flags.source, help="follow this video")
-    told = "the time t that --video is noised to, 0 to 1 (0.7)"
-    add("--strength", type=flags.real(0, 1), help=told)
-    told = "a file of prompts, one a line: videos of all into the folder --out"
-    add("--prompts", type=flags.source, help=told)
-    add("--samples", type=flags.whole(1, 10**6), help="videos for each of --prompts (5)")
-    told = f"denoising steps (the weights' own; teacher {TEACHER_STEPS})"
-    add("--steps", type=flags.whole(1, 1000), help=told)
-    told = "chunks that a chunk attends to, itself included (the weights' own)"
-    add("--window", type=flags.whole(1, 1000), help=told)
-    told = f"sample a bidirectional many-step teacher, at most {FRAMES} frames (the shipped)"
-    teacher = {"nargs": "?", "const": shipped("teacher"), "metavar": "FILE", "type": flags.source}
-    add("--teacher", help=told, **teacher)
-    told = "weights of the student"
-    add("--weights", type=flags.source, default=shipped("student"), help=told)
-    flags.codec_flags(parser)
-    flags.device_flags(parser)
-    args = parser.parse_args()
-    flags.check_combination(args, PROMPT)
-    args.seconds = args.seconds or (None if args.video else 5.0)
-    args.changes = flags.prompt_changes(args.prompt, args.prompt_at, args.seconds or math.inf)
-    args.frames = args.seconds and max(1, round(args.seconds * FPS))
-    if args.teacher and args.frames > FRAMES:
-        raise UserError(f"the teacher makes at most {FRAMES} frames, {FRAMES / FPS:.2f} seconds")
-    if args.prompts:
-        args.prompts = read_prompts(args.prompts)
-        args.out = args.out or "samples"
-    else:
-        args.out = args.out or "sample.mp4"
-        check_out(args.out)
-    return args
-
-
 def sample_many(make, encoder, prompts, samples, seed, frames, out, batch=8):
     """Write `samples` videos for each prompt into the folder `out`, named as VBench wants them;
     number i is what --prompt alone makes with --seed + i. Those that are there are kept.
@@ -219,25 +190,34 @@ def sample_many(make, encoder, prompts, samples, seed, frames, out, batch=8):
 
 @torch.no_grad()
 def main():
-    args = parse_args()
+    args = flags.sample_args(PROMPT)
     path = args.teacher or args.weights
-    weights.check_role(path, "teacher" if args.teacher else "student")
+    if not args.preset:
+        weights.check_role(path, "teacher" if args.teacher else "student")
     files = weights.made_with(path, args.vae, args.text_encoder)
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
-    model = load_model(DiT, path, device).to(dtype)
+    model = load_model(DiT, path, device, dtype, preset=args.preset, layers=args.layers)
     vae, encoder = (
-        load_model(n, p, device) for n, p in zip((VAE, TextEncoder), files, strict=True)
+        load_model(VAE, files[0], device, dtype),
+        load_model(TextEncoder, files[1], device),
     )
-    vae = vae.to(dtype)
     check_fit(model, vae, encoder)
-    prompts = args.prompts or [text for _, text in args.changes]
-    flags.say_what_is_unknown(prompts, encoder.config.words)
+    many, guidance, size = TEACHER_STEPS, GUIDANCE, args.size or weights.own_size(path)
+    if weights.is_public(path):
+        import wan  # stands on the last shelf
+
+        many, guidance = wan.TEACHER_STEPS, wan.GUIDANCE
+    else:
+        prompts = args.prompts or [text for _, text in args.changes]
+        flags.say_what_is_unknown(prompts, encoder.config.words)
+    flags.check_size(size, vae.space_stride, model.config.patch_size)
 
     def make(text, generator):
         if args.teacher:
-            steps = args.steps or TEACHER_STEPS
-            return iter([sample_teacher(model, vae, text, generator, args.frames, steps)])
-        return text_to_video(model, vae, text, generator, args.steps, args.window)
+            how = {"size": size, "guidance": guidance, "null": encoder([args.negative or ""])}
+            steps = args.steps or many
+            return iter([sample_teacher(model, vae, text, generator, args.frames, steps, **how)])
+        return text_to_video(model, vae, text, generator, args.steps, args.window, size)
 
     if args.prompts:
         weights.make_folder(args.out)
@@ -245,17 +225,17 @@ def main():
         sample_many(make, encoder, *parts)
         return
     total, generator = args.frames, torch.Generator().manual_seed(args.seed)
-    noise, shape = noise_source(generator, device), chunk_shape(model, vae, 1)
+    noise, shape = noise_source(generator, device), chunk_shape(model, vae, 1, size)
     steps = args.steps or model.config.steps
     starts = from_noise(noise, shape, model.schedule.timesteps(steps))
     if args.image:
-        image = read_image(args.image).to(device)
+        image = read_image(args.image, size).to(device)
         starts = itertools.chain(from_image(image, vae), starts)
     if args.video:
-        source, length = read_video(args.video)
+        source, length = read_video(args.video, size)
         total = min((n for n in (total, length) if n is not None), default=None)
         times = model.schedule.timesteps(steps, 0.7 if args.strength is None else args.strength)
-        parts = pieces(source, model.config.chunk, vae.config.time_stride)
+        parts = pieces(source, model.config.chunk, vae.config.time_stride, vae.ahead)
         starts = from_video(parts, vae, noise, shape, times, model.schedule)
     flags.say_what_is_late(args.changes, total, model.config.chunk, vae.config.time_stride)
     started = time.perf_counter()
@@ -271,7 +251,7 @@ def main():
         count, first = write_videos(until_interrupted(chunks), [args.out], args.frames, total, bar)
     spent, wait = time.perf_counter() - started, 1000 * (first - started)
     speed = f"first frame after {wait:.0f} ms, {count / spent:.1f} frames/s"
-    print(f"wrote {args.out}: {count} frames of {SIZE} x {SIZE}; {speed}")
+    print(f"wrote {args.out}: {count} frames of {size[1]} x {size[0]}; {speed}")
     if args.video and args.frames and count < args.frames:
         print(f"--video has no more: {count / FPS:g} of {args.seconds:g} seconds")
 

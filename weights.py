@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.overrides import TorchFunctionMode
 
+from data import SIZE
+
 UserError = launch.UserError  # where every module looks for it
 ROOT = os.path.dirname(os.path.abspath(__file__))
 WEIGHTS = os.path.join(ROOT, "weights")
@@ -155,6 +157,15 @@ def is_public(path):
         return not {"config", "stage"} & set(file.metadata() or {})
 
 
+def own_size(path):
+    """The height and width of the video that a transformer was trained for."""
+    if is_public(path):
+        import wan
+
+        return wan.SIZE
+    return SIZE, SIZE
+
+
 def read_json(path):
     """Read a JSON object. Raises UserError."""
     try:
@@ -185,7 +196,10 @@ def map_weights(path, shards=True):
     """
     if os.path.isdir(path):
         names = [f"diffusion_pytorch_model.safetensors{end}" for end in ("", ".index.json")]
-        path = next((p for p in (os.path.join(path, n) for n in names) if os.path.isfile(p)), path)
+        found = [p for p in (os.path.join(path, name) for name in names) if os.path.isfile(p)]
+        if not found:
+            raise UserError(f"the folder {path} holds neither {names[0]} nor its index")
+        path = found[0]
     shard = re.fullmatch(r"(.*)-\d+-of-\d+\.safetensors", path)
     if path.endswith(".json") or (shards and shard):
         return map_shards(path if path.endswith(".json") else f"{shard[1]}.safetensors.index.json")

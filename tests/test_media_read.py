@@ -47,8 +47,8 @@ def test_any_picture_is_read(tmp_path, shape, dtype):
 def test_what_is_transparent_becomes_black():
     image = np.full((64, 64, 4), 255, "uint8")
     image[:32, :, 3] = 0
-    assert (fit(image, 64)[:, :32] == -1).all()
-    assert (fit(image, 64)[:, 32:] == 1).all()
+    assert (fit(image, (64, 64))[:, :32] == -1).all()
+    assert (fit(image, (64, 64))[:, 32:] == 1).all()
 
 
 @pytest.fixture
