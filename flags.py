@@ -258,9 +258,9 @@ def public_flags(parser):
     add("--size", nargs=2, type=whole(16, 4096), metavar=("H", "W"), help=told)
     told = "sample a public checkpoint as this one is sampled (what its keys tell)"
     add("--preset", choices=["causvid", "self-forcing"], help=told)
-    told = "use only the first layers of a public checkpoint, to try things out"
+    told = "use only so many layers of a public checkpoint, to try things out (all)"
     add("--layers", type=whole(1, 1000), help=told)
-    told = "an embedding of a prompt for a public checkpoint, in place of all prompts"
+    told = "FILE with the embedding of a prompt, for a public checkpoint (none)"
     add("--text-embedding", type=source, help=told)
     told = "what a teacher's guidance leads away from (the empty prompt)"
     add("--negative", type=words, help=told)

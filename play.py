@@ -160,7 +160,7 @@ def main():
     add("--no-browser", dest="browser", action="store_false", help=told)
     told = "weights of the transformer"
     add("--weights", default=shipped("player"), type=flags.source, help=told)
-    told = "begin the page with this text model, to which --vae and --text-encoder then belong"
+    told = "the page begins with this text model, whose --vae and --text-encoder are then (none)"
     add("--student", type=flags.parts, help=told)
     told = "height and width of the video of --student (64 64; of a public checkpoint 480 832)"
     add("--size", nargs=2, type=flags.whole(16, 4096), metavar=("H", "W"), help=told)

@@ -194,13 +194,10 @@ def main():
     path = args.teacher or args.weights
     if not args.preset:
         weights.check_role(path, "teacher" if args.teacher else "student")
-    files = weights.made_with(path, args.vae, args.text_encoder)
+    vae, encoder = weights.made_with(path, args.vae, args.text_encoder)
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     model = load_model(DiT, path, device, dtype, preset=args.preset, layers=args.layers)
-    vae, encoder = (
-        load_model(VAE, files[0], device, dtype),
-        load_model(TextEncoder, files[1], device),
-    )
+    vae, encoder = load_model(VAE, vae, device, dtype), load_model(TextEncoder, encoder, device)
     check_fit(model, vae, encoder)
     many, guidance, size = TEACHER_STEPS, GUIDANCE, args.size or weights.own_size(path)
     if weights.is_public(path):
