@@ -47,7 +47,7 @@ def attend_chunks(q, k, v, chunk, window=None):
         end = past + min(start + chunk, q.shape[1])
         first = 0 if window is None else max(0, past + start - (window - 1) * chunk)
         outputs.append(attend(q[:, start : start + chunk], k[:, first:end], v[:, first:end]))
-    return torch.cat(outputs, dim=1)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 # ------------------------------------------------------------------------------ rotary positions
@@ -72,20 +72,30 @@ def rope_angles(head_dim, frames, height, width, start=0):
     return torch.cat(grids, dim=-1).flatten(0, 2)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(16)
 def rope(head_dim, frames, height, width, start, dtype, device):
-    """Make e^(i angle) [L, 1, head_dim / 2] of `rope_angles`, once: on the CPU, since not every
+    """Make (cos, sin) [L, 1, head_dim / 2, 2] of `rope_angles`, once: on the CPU, since not every
     device has float64; in double precision for float64 inputs."""
+    if start and frames * height * width > 1:  # all tokens turn alike: only one angle is sent
+        tables = rope(head_dim, frames, height, width, 0, dtype, device)
+        back = rope(head_dim, 1, 1, 1, start, dtype, device)
+        return torch.view_as_real(torch.view_as_complex(tables) * torch.view_as_complex(back))
     angles = rope_angles(head_dim, frames, height, width, start)
-    table = torch.polar(torch.ones_like(angles), angles)[:, None]
-    return table.to(torch.complex128 if dtype == torch.float64 else torch.complex64).to(device)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)[:, None]
+    return table.to(torch.promote_types(dtype, torch.float32)).to(device)
 
 
 def rotate(x, table):
     """Apply RoPE: turn each channel pair of x [B, L, H, d] by the angle of its token in `table`."""
     # (x_2i + i x_2i+1) e^(i angle)
-    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    pairs = x.to(table.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # complex numbers are not fused with what is around them
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)
+        turned = torch.view_as_real(turned)
+    return turned.flatten(-2).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------- cache
@@ -94,9 +104,9 @@ class KVCache:
 
     `put` writes the new chunk's keys and values after those of the past and returns both; the
     next `put` overwrites them. `commit` makes what was put last part of the past (Algorithm 2).
-    When the window is full, `commit` evicts the oldest frames and moves the rest forward in memory
-    and in time: RoPE is relative, so rotating the kept keys back by as many frames as they move
-    changes no attention weight, and positions stay below (W - 1 + ahead) k in an endless stream.
+    When the window is full, `commit` evicts the oldest frames and moves the rest forward in memory.
+    Keys keep the time that they were rotated to. RoPE is relative: what a chunk reads lies at most
+    (W - 1 + ahead) k frames before it, however long the stream, and angles are made in float64.
     """
 
     def __init__(
@@ -106,11 +116,16 @@ class KVCache:
         height, width: tokens; ahead: chunks that are denoised at once; tensor: device, dtype."""
         self.chunk, self.window = chunk, window
         self.tokens = height * width  # of a latent frame
-        self.head_dim = head_dim
-        self.frames = 0  # latent frames of the past
+        self.frames = 0  # latent frames of the past that are kept
+        self.evicted = 0  # and that are not
+        self.times = {}  # what `DiT.embed_time` made of a time that comes in every chunk
         size = (window - 1 + ahead) * chunk * self.tokens
         self.k = torch.zeros(layers, batch, size, heads, head_dim, **tensor)
         self.v = torch.zeros_like(self.k)
+
+    def is_full(self, frames):
+        """Whether so many new frames come behind all the past that a chunk may see."""
+        return self.frames == (self.window - 1) * self.chunk and frames == self.chunk
 
     def put(self, layer, k, v):
         """Write k, v [B, L, H, d] of new tokens -> the layer's keys and values [B, past + L, H, d].
@@ -130,10 +145,10 @@ class KVCache:
         evicted = self.frames - (self.window - 1) * self.chunk
         if evicted > 0:
             old, new = evicted * self.tokens, self.frames * self.tokens
-            back = rope(self.head_dim, 1, 1, 1, -evicted, self.k.dtype, self.k.device)
-            self.k[:, :, : new - old] = rotate(self.k[:, :, old:new], back)
-            self.v[:, :, : new - old] = self.v[:, :, old:new].clone()
+            for kept in (*self.k, *self.v):  # one layer needs little more memory than none
+                kept[:, : new - old] = kept[:, old:new].clone()
             self.frames -= evicted
+            self.evicted += evicted
 
 
 # ---------------------------------------------------------------------------------------- layers
@@ -153,14 +168,17 @@ class Projections(nn.Module):
 class SelfAttention(Projections):
     """Self-attention of the video's tokens: bidirectional, or block-causal with a cached past."""
 
-    def forward(self, x, table, chunk=None, window=None, cache=None, layer=0):
+    def forward(self, x, table, chunk=None, window=None, cache=None, layer=0, remember=False):
         """x [B, L, D]; table: RoPE of the L tokens; chunk in tokens (None: attend both ways over
-        all tokens), window in chunks -> [B, L, D]."""
-        q = rotate(self.heads(self.norm_q(self.q(x))), table)
+        all tokens), window in chunks; remember: only leave the keys and values in the cache, and
+        return None -> [B, L, D]."""
         k = rotate(self.heads(self.norm_k(self.k(x))), table)
         v = self.heads(self.v(x))
         if cache is not None:
             k, v = cache.put(layer, k, v)
+        if remember:
+            return None
+        q = rotate(self.heads(self.norm_q(self.q(x))), table)
         y = attend(q, k, v) if chunk is None else attend_chunks(q, k, v, chunk, window)
         return self.o(y.flatten(2))
 

@@ -69,21 +69,18 @@ class Schedule:
         return self.add_noise(self.x0(x_t, v, t), self.eps(x_t, v, t), r)
 
 
-def on_its_way(x, device):
-    """Send a tensor to a device without waiting for it to arrive."""
-    cuda = torch.device(device).type == "cuda"
-    return x.pin_memory().to(device, non_blocking=True) if cuda else x.to(device)
-
-
 def noise_source(generator, device="cpu"):
     """Make the function noise(shape) that draws from a generator on the CPU, or from a list of
     them, one for each video of the batch: a seed gives the same noise on every device."""
 
     def noise(shape):
         if isinstance(generator, list):
-            rows = [torch.randn(shape[1:], generator=g) for g in generator]
-            return on_its_way(torch.stack(rows), device)
-        return on_its_way(torch.randn(shape, generator=generator), device)
+            x = torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
+        else:
+            x = torch.randn(shape, generator=generator)
+        if torch.device(device).type == "cuda":  # which goes on while it is on its way
+            return x.pin_memory().to(device, non_blocking=True)
+        return x.to(device)
 
     return noise
 

@@ -15,6 +15,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
+from tqdm import tqdm
 
 from data import FPS, SIZE
 from weights import UserError, written
@@ -99,6 +100,25 @@ def read_video(path, size=(SIZE, SIZE)):
     if found != f"{fitted} at {FPS} frames/s":
         print(f"{path}: {found} resized and cropped to {fitted}, at {FPS}")
     return itertools.chain([first], frames), seconds and max(1, round(seconds * FPS))
+
+
+def pieces(frames, chunk, stride, ahead=0):
+    """Group a video's frames, an iterator of [3, H, W], into the frames of each chunk:
+    [1, F, 3, H, W] with F = 1 + stride (k - 1), then stride k; the last has what is left.
+    ahead: as many more in the first, for an encoder that looks ahead, and as many after the end."""
+    frames, size = lengthened(frames, ahead), 1 + stride * (chunk - 1) + ahead
+    while piece := list(itertools.islice(frames, size)):
+        yield torch.stack(piece)[None]
+        size = stride * chunk
+
+
+def lengthened(frames, count):
+    """Pass on frames, then the last of them `count` times."""
+    last = []
+    for frame in frames:
+        last = [frame]
+        yield frame
+    yield from last * count
 
 
 def _look(path):
@@ -327,3 +347,21 @@ def write_videos(chunks, paths, frames, total, bar):
         for writer in writers:  # each of them, even if another fails
             stack.callback(writer.finish)
     return writers[0].count, first
+
+
+def write_many(make, encoder, prompts, samples, seed, frames, out, batch=8):
+    """Write `samples` videos for each prompt into the folder `out`, named as VBench wants them;
+    number i is what --prompt alone makes with --seed + i. Those that are there are kept.
+
+    make(text, generators) -> chunks.
+    """
+    jobs = [(p, i, os.path.join(out, f"{p}-{i}.mp4")) for p in prompts for i in range(samples)]
+    missing = [job for job in jobs if not (os.path.isfile(job[-1]) and os.path.getsize(job[-1]))]
+    total, done = len(jobs) * frames, (len(jobs) - len(missing)) * frames
+    with tqdm(total=total, initial=done, unit="frame", desc="streaming") as bar:
+        for start in range(0, len(missing), batch):
+            texts, indices, paths = zip(*missing[start : start + batch], strict=True)
+            generators = [torch.Generator().manual_seed(seed + index) for index in indices]
+            chunks = until_interrupted(make(encoder(list(texts)), generators), whole=True)
+            write_videos(chunks, paths, frames, frames, bar)
+    print(f"{out} holds all {len(jobs)} videos, {len(missing)} of them new")

@@ -82,11 +82,14 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(up, nn.GELU(approximate="tanh"), down)
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
 
-    def forward(self, x, time, keys, **attention):
+    def forward(self, x, time, keys, remember=False, **attention):
         """x [B, L, D]; time [B, T, 6, D]; keys: the prompt's; attention: see `SelfAttention`."""
         vectors = (self.modulation + time).unsqueeze(3).unbind(2)  # six of [B, T, 1, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors
-        y = self.self_attn(modulate(self.norm1(x), shift1, scale1), **attention)
+        y = modulate(self.norm1(x), shift1, scale1)
+        y = self.self_attn(y, remember=remember, **attention)
+        if remember:
+            return None
         x = add_gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x), keys)
         y = self.ffn(modulate(self.norm2(x), shift2, scale2))
@@ -105,8 +108,7 @@ class Head(nn.Module):
     def forward(self, x, time):
         """x [B, L, D]; time [B, T, D] -> [B, L, patch * out_dim]."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-        y = frames_of(self.norm(x), time)
-        return self.head((y * (1 + scale) + shift).flatten(1, 2))
+        return self.head(modulate(self.norm(x), shift, scale))
 
 
 def sinusoidal_embedding(t, dim):
@@ -137,6 +139,7 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
+        self.compiled = None  # see `compile_stream`
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -173,14 +176,47 @@ class DiT(nn.Module):
         weight = self.patch_embedding.weight
         return F.linear(x.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
-    def forward(self, x_t, t, text, *, chunk=None, window=None, cache=None, frame=None):
+    def embed_time(self, t, frame=None, cache=None):
+        """Embed times t [B, T]: [B, T, D], and the modulation of it [B, T, 6, D]. One number for
+        all frames is embedded once, if there is a cache that can keep it.
+        frame [B, T, D]: a further condition on each frame."""
+        kept = {} if cache is None or frame is not None or torch.is_grad_enabled() else cache.times
+        if not torch.is_tensor(t) or t.ndim == 0:
+            if float(t) not in kept:
+                each = torch.full((1, 1), float(t), device=self.head.head.weight.device)
+                kept[float(t)] = self.embed_time(each, frame)
+            return kept[float(t)]
+        weight, pt = self.time_embedding[0].weight, self.config.patch_size[0]
+        sinusoids = sinusoidal_embedding(t[:, ::pt] * 1000, self.config.freq_dim)
+        time = self.time_embedding(sinusoids.to(weight.dtype))
+        if frame is not None:
+            time = time + frame[:, ::pt]
+        return time, self.time_projection(time).unflatten(-1, (6, -1))
+
+    def run_blocks(self, x, modulation, keys, remember, attention):
+        """Pass tokens x [B, L, D] through the blocks; to remember, the last only leaves its keys
+        and values in the cache, and None is returned."""
+        for layer, block in enumerate(self.blocks):
+            enough = remember and layer == len(self.blocks) - 1
+            x = block(x, modulation, keys[layer], enough, layer=layer, **attention)
+        return x
+
+    def compile_stream(self):
+        """Compile the passes of a stream whose window is full, so that shapes no longer change."""
+        self.compiled = torch.compile(self.run_blocks, dynamic=False)
+
+    def forward(
+        self, x_t, t, text, *, chunk=None, window=None, cache=None, frame=None, remember=False
+    ):
         """Predict v for noisy latents.
 
-        x_t [B, T, C, h, w]; t [B, T]; text [B, S, text_dim], or what `text_keys` made of it.
+        x_t [B, T, C, h, w]; t [B, T], or a number for all frames; text [B, S, text_dim], or what
+        `text_keys` made of it.
         chunk=None: bidirectional. chunk=k: block-causal, in chunks of k latent frames, each seeing
         itself and the window - 1 before it (None: all). cache: the frames come after its past,
         and chunk and window are the cache's. frame [B, T, D]: a further condition on each frame.
-        -> v, shaped as x_t. Raises ValueError for latents that do not split into patches.
+        -> v, shaped as x_t; None with remember=True, which stops when the cache has every layer's
+        keys and values. Raises ValueError for latents that do not split into patches.
         """
         c = self.config
         T, C, h, w = x_t.shape[1:]
@@ -192,19 +228,18 @@ class DiT(nn.Module):
             )
         grid = (T // pt, h // ph, w // pw)
         x = self.patches(x_t, grid)  # [B, L, D]
-        time = self.time_embedding(sinusoidal_embedding(t[:, ::pt] * 1000, c.freq_dim).to(x.dtype))
-        if frame is not None:
-            time = time + frame[:, ::pt]  # [B, T, D]
-        modulation = self.time_projection(time).unflatten(-1, (6, c.dim))  # [B, T, 6, D]
+        time, modulation = self.embed_time(t, frame, cache)
         keys = self.text_keys(text) if torch.is_tensor(text) else text
-        start = 0
+        start, run = 0, self.run_blocks
         if cache is not None:
-            start, chunk, window = cache.frames, cache.chunk, cache.window
+            start, chunk, window = cache.evicted + cache.frames, cache.chunk, cache.window
+            run = self.compiled if self.compiled and cache.is_full(T // pt) else run
         table = rope(c.dim // c.num_heads, *grid, start, x.dtype, x.device)
         tokens = None if chunk is None else chunk * grid[1] * grid[2]
         attention = {"table": table, "chunk": tokens, "window": window, "cache": cache}
-        for layer, block in enumerate(self.blocks):
-            x = block(x, modulation, keys[layer], layer=layer, **attention)
+        x = run(x, modulation, keys, remember, attention)
+        if remember:
+            return None
         x = self.head(x, time).unflatten(-1, (pt, ph, pw, c.out_dim)).unflatten(1, grid)
         x = x.permute(0, 1, 4, 7, 2, 5, 3, 6)  # [B, T / pt, pt, C, h / ph, ph, w / pw, pw]
         return x.flatten(1, 2).flatten(3, 4).flatten(4, 5).to(x_t.dtype)

@@ -9,7 +9,6 @@ new prompts on the way: `stream` is the loop, and what varies comes in from outs
 import launch
 import functools
 import itertools
-import os
 import time
 
 import torch
@@ -19,7 +18,7 @@ import flags
 import weights
 from data import FPS, SIZE
 from diffusion import GUIDANCE, TEACHER_STEPS, guided_v, noise_source, solve_ode, solve_teacher
-from media import read_image, read_video, until_interrupted, write_videos
+from media import pieces, read_image, read_video, until_interrupted, write_many, write_videos
 from model import DiT
 from text import TextEncoder
 from vae import VAE
@@ -31,8 +30,7 @@ PROMPT = "a red circle bouncing on a black background"
 # -------------------------------------------------------------------------------- chunk by chunk
 def predict_x0(model, x_t, t, keys, cache):
     """Predict a chunk's x0 from x_t [B, k, C, h, w] at time t, conditioned on the cache."""
-    at = torch.full(x_t.shape[:2], float(t), device=x_t.device)
-    return model.schedule.x0(x_t, model(x_t, at, keys, cache=cache), t)
+    return model.schedule.x0(x_t, model(x_t, t, keys, cache=cache), t)
 
 
 def denoise_chunk(model, x, times, keys, cache, noise):
@@ -58,9 +56,10 @@ def solve_chunk(model, x, times, keys, cache, guidance=GUIDANCE):
 def remember_chunk(model, x0, keys, cache):
     """Leave a finished chunk's keys and values in the cache: one more pass, clean, at t = 0 (the
     end of Algorithm 2's loop). Under guidance the null prompts' half sees the same chunk."""
-    x0 = x0.repeat(cache.k.shape[1] // len(x0), 1, 1, 1, 1)
+    if len(x0) < cache.k.shape[1]:
+        x0 = torch.cat([x0, x0])
     with torch.no_grad():
-        model(x0, torch.zeros(x0.shape[:2], device=x0.device), keys, cache=cache)
+        model(x0, 0.0, keys, cache=cache, remember=True)
     cache.commit(x0.shape[1])
 
 
@@ -112,25 +111,6 @@ def from_video(pieces, vae, noise, shape, times, schedule):
         yield schedule.add_noise(x0, x[:, : x0.shape[1]], times[0]), times, frames
 
 
-def pieces(frames, chunk, stride, ahead=0):
-    """Group a video's frames, an iterator of [3, H, W], into the frames of each chunk:
-    [1, F, 3, H, W] with F = 1 + stride (k - 1), then stride k; the last has what is left.
-    ahead: as many more in the first, for an encoder that looks ahead, and as many after the end."""
-    frames, size = lengthened(frames, ahead), 1 + stride * (chunk - 1) + ahead
-    while piece := list(itertools.islice(frames, size)):
-        yield torch.stack(piece)[None]
-        size = stride * chunk
-
-
-def lengthened(frames, count):
-    """Pass on frames, then the last of them `count` times."""
-    last = []
-    for frame in frames:
-        last = [frame]
-        yield frame
-    yield from last * count
-
-
 def prompt_at(changes):
     """Make the function prompt(frames) of `stream` from [(first frame, keys)], in their order."""
 
@@ -170,24 +150,6 @@ def sample_teacher(
 
 
 # ---------------------------------------------------------------------------------- command line
-def sample_many(make, encoder, prompts, samples, seed, frames, out, batch=8):
-    """Write `samples` videos for each prompt into the folder `out`, named as VBench wants them;
-    number i is what --prompt alone makes with --seed + i. Those that are there are kept.
-
-    make(text, generators) -> chunks.
-    """
-    jobs = [(p, i, os.path.join(out, f"{p}-{i}.mp4")) for p in prompts for i in range(samples)]
-    missing = [job for job in jobs if not (os.path.isfile(job[-1]) and os.path.getsize(job[-1]))]
-    total, done = len(jobs) * frames, (len(jobs) - len(missing)) * frames
-    with tqdm(total=total, initial=done, unit="frame", desc="streaming") as bar:
-        for start in range(0, len(missing), batch):
-            texts, indices, paths = zip(*missing[start : start + batch], strict=True)
-            generators = [torch.Generator().manual_seed(seed + index) for index in indices]
-            chunks = until_interrupted(make(encoder(list(texts)), generators), whole=True)
-            write_videos(chunks, paths, frames, frames, bar)
-    print(f"{out} holds all {len(jobs)} videos, {len(missing)} of them new")
-
-
 @torch.no_grad()
 def main():
     args = flags.sample_args(PROMPT)
@@ -199,6 +161,8 @@ def main():
     model = load_model(DiT, path, device, dtype, preset=args.preset, layers=args.layers)
     vae, encoder = load_model(VAE, vae, device, dtype), load_model(TextEncoder, encoder, device)
     check_fit(model, vae, encoder)
+    if args.compile:
+        model.compile_stream()
     many, guidance, size = TEACHER_STEPS, GUIDANCE, args.size or weights.own_size(path)
     if weights.is_public(path):
         import wan  # stands on the last shelf
@@ -219,7 +183,7 @@ def main():
     if args.prompts:
         weights.make_folder(args.out)
         parts = (args.prompts, args.samples or 5, args.seed, args.frames, args.out)
-        sample_many(make, encoder, *parts)
+        write_many(make, encoder, *parts)
         return
     total, generator = args.frames, torch.Generator().manual_seed(args.seed)
     noise, shape = noise_source(generator, device), chunk_shape(model, vae, 1, size)

@@ -1,5 +1,6 @@
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import (
     KVCache,
@@ -71,7 +72,54 @@ def test_a_cache_has_constant_size():
     assert sizes == {2 * 3 * 2 * 6}
 
 
-def test_positions_stay_in_the_window():
+def test_the_past_stays_in_the_window_and_time_goes_on():
     cache = small_cache()
-    assert [cache.frames for _ in put_chunks(cache, 6)] == [0, 2, 4, 4, 4, 4]
-    assert cache.frames == 4
+    counts = [(cache.frames, cache.evicted) for _ in put_chunks(cache, 6)]
+    assert counts == [(0, 0), (2, 0), (4, 0), (4, 2), (4, 4), (4, 6)]
+
+
+def test_keys_that_are_kept_do_not_change():
+    """bf16 keys that were turned back at each eviction lost precision."""
+    cache = small_cache()
+    cache.k, cache.v = cache.k.bfloat16(), cache.v.bfloat16()
+    k = torch.randn(1, 4, 1, 6).bfloat16()
+    for _ in range(3):
+        cache.put(0, k[:, :2], k[:, 2:])
+        cache.commit(2)
+    assert torch.equal(cache.k[0, :, :2], k[:, :2])
+    assert torch.equal(cache.k[0, :, 2:4], k[:, :2])
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest new tensor has."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if torch.is_tensor(made) and not any(x is made for x in args) and not made._is_view():
+            self.count = max(self.count, made.numel())
+        return made
+
+
+def test_an_eviction_needs_the_memory_of_one_layer():
+    cache = KVCache(layers=5, batch=1, chunk=2, window=3, height=1, width=1, heads=1, head_dim=6)
+    for _ in range(2):
+        cache.commit(2)
+    with Largest() as largest:
+        cache.commit(2)
+    assert 0 < largest.count <= cache.k[0].numel()
+
+
+def test_angles_far_along_a_stream_are_as_exact_as_at_its_start():
+    table = rope(22, 2, 2, 3, 10**6, torch.float32, torch.device("cpu"))
+    angles = rope_angles(22, 2, 2, 3, 10**6)
+    assert (table[:, 0, :, 0] - angles.cos()).abs().max() < 1e-6
+    assert (table[:, 0, :, 1] - angles.sin()).abs().max() < 1e-6
+
+
+def test_rotation_is_the_same_in_real_numbers(monkeypatch):
+    x, table = torch.randn(1, 12, 2, 22), rope(22, 2, 2, 3, 5, torch.float32, torch.device("cpu"))
+    turned = rotate(x, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.allclose(rotate(x, table), turned, atol=1e-6)

@@ -121,6 +121,79 @@ def test_dropped_frames_leave_no_trace_in_the_cache(monkeypatch):
         start += kept
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_a_stream_goes_on_behind_the_frames_that_a_table_of_wan_ends_at(dtype, tolerance):
+    """The release's rotary table ends at latent frame 1,023."""
+    model, (x, t, text) = small_model(dtype, chunk=1), clip(6, dtype)
+    keys, made = model.text_keys(text), []
+    for evicted in (0, 1020, 10**6):
+        cache, parts = model.new_cache(2, 4, 6, window=3), []
+        cache.evicted = evicted
+        for part, time in zip(x.split(1, dim=1), t.split(1, dim=1), strict=True):
+            parts.append(model(part, time, keys, cache=cache))
+            cache.commit(1)
+        made.append(torch.cat(parts, dim=1))
+    assert (made[0] - made[1]).abs().max() < tolerance
+    assert (made[0] - made[2]).abs().max() < tolerance
+
+
+@torch.no_grad()
+def test_to_remember_leaves_what_a_whole_pass_leaves_in_the_cache():
+    model, (x, _, text) = small_model(), clip(3)
+    keys, caches = model.text_keys(text), [model.new_cache(2, 4, 6) for _ in range(2)]
+    model(x, 0.0, keys, cache=caches[0])
+    ran = []
+    model.blocks[-1].ffn.register_forward_hook(lambda *_: ran.append(1))
+    assert model(x, 0.0, keys, cache=caches[1], remember=True) is None
+    assert torch.equal(caches[0].k, caches[1].k)
+    assert torch.equal(caches[0].v, caches[1].v)
+    assert not ran
+
+
+def test_one_number_is_a_time_for_all_frames():
+    model, (x, _, text) = small_model(), clip(4)
+    each = torch.full((2, 4), 0.3, dtype=torch.float64)
+    assert (model(x, 0.3, text) - model(x, each, text)).abs().max() < 1e-6  # t is in float32
+
+
+@torch.no_grad()
+def test_a_stream_embeds_each_of_its_times_once():
+    model, (x, _, text) = small_model(), clip(3)
+    cache, keys, embedded = model.new_cache(2, 4, 6), model.text_keys(text), []
+    model.time_embedding.register_forward_hook(lambda *_: embedded.append(1))
+    for _ in range(3):
+        for t in (1.0, 0.5, 0.0):
+            model(x, t, keys, cache=cache)
+    assert len(embedded) == 3
+
+
+def test_a_time_under_gradients_is_embedded_anew():
+    model, (x, _, text) = small_model().requires_grad_(True), clip(3)
+    cache = model.new_cache(2, 4, 6)
+    model(x, 0.5, text, cache=cache).sum().backward()
+    assert model.time_embedding[0].weight.grad is not None
+    assert not cache.times
+
+
+@torch.no_grad()
+def test_what_is_compiled_are_the_passes_behind_a_full_window(monkeypatch):
+    model, (x, _, text) = small_model(chunk=1), clip(1)
+    keys, run, whole = model.text_keys(text), model.run_blocks, []
+
+    def noted(*args):
+        whole.append(cache.frames)
+        return run(*args)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: noted)
+    model.compile_stream()
+    cache = model.new_cache(2, 4, 6, window=3)
+    for _ in range(5):
+        model(x, 0.5, keys, cache=cache)
+        cache.commit(1)
+    assert whole == [2, 2, 2]
+
+
 def test_a_frame_embedding_reaches_its_frame_and_later_ones():
     model, (x, t, text) = small_model(), clip(5)
     frame = torch.zeros(2, 5, 24, dtype=torch.float64)

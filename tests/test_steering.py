@@ -8,6 +8,7 @@ from conftest import generator, tiny_model, tiny_text, tiny_vae
 
 from data import BOUNCE, CLOCKWISE, PULSE, RISE, SLIDE, sample_clips
 from diffusion import noise_source
+from media import pieces
 from metrics import fit_motions, recover
 from model import DiT
 from sample import (
@@ -16,7 +17,6 @@ from sample import (
     from_image,
     from_noise,
     from_video,
-    pieces,
     prompt_at,
     stream,
     text_to_video,
