@@ -2,6 +2,7 @@
 
     python bench.py                       the shipped small models, in some five minutes
     python bench.py --size wan-1.3b       a large one with random weights, for a GPU
+    python bench.py --size wan-1.3b --count       its operations and bytes, without a GPU or weights
 
 Every time is the median of several, taken in turns, so that what else a machine does falls on all
 rows alike.
@@ -27,7 +28,9 @@ from training import write_results
 from vae import VAE, VAEConfig
 from weights import hardware, load_model, make_folder, shipped
 
+PAPER = {"first frame": 168, "clip": 15.7}  # times as fast as the teacher (CausVid, Table 3)
 LARGE = {"freq_dim": 256, "in_dim": 16, "out_dim": 16}
+WAN = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "text_dim": 4096}
 SIZES = {  # fields of the transformer's config, or None for the shipped one; height, width
     "small": (None, SIZE, SIZE),
     "nfd-310m": (
@@ -35,11 +38,7 @@ SIZES = {  # fields of the transformer's config, or None for the shipped one; he
         224,
         384,
     ),
-    "wan-1.3b": (
-        LARGE | {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "text_dim": 4096},
-        480,
-        832,
-    ),
+    "wan-1.3b": (LARGE | WAN | {"window": 7}, 480, 832),
 }
 
 
@@ -52,20 +51,27 @@ def shipped_parts(network, names, device, dtype):
 
 
 def random_parts(network, config, stride, device, dtype):
-    """Make random (teacher, student, VAE, text encoder); teacher and student are one."""
+    """Make random (teacher, student, VAE, text encoder); teacher and student are one. Wan's has its
+    own tiny VAE and prompts of 512 tokens."""
     torch.manual_seed(0)
+    words, wan = TextConfig().words, None
+    if config.text_dim == WAN["text_dim"]:
+        import wan  # stands on the last shelf
+
+        words = wan.WORDS
     with torch.device(device):
         model = network(config).to(dtype).eval()
-        vae = VAE(VAEConfig(latent_dim=config.in_dim, time_stride=stride)).to(dtype).eval()
-        encoder = TextEncoder(TextConfig(text_dim=config.text_dim))
-    return model, model, vae, encoder
+        vae = VAE(VAEConfig(latent_dim=config.in_dim, time_stride=stride))
+        vae = wan.TinyVAE(config.in_dim) if wan else vae
+        encoder = TextEncoder(TextConfig(text_dim=config.text_dim, words=words))
+    return model, model, vae.to(dtype).eval(), encoder
 
 
 # -------------------------------------------------------------------------------------- the rows
-def many_steps(model, vae, text, generator, latent_shape):
+def many_steps(model, vae, text, generator, latent_shape, steps=TEACHER_STEPS):
     """Make the teacher's video, decoded chunk by chunk like the student's."""
     noise, state = noise_source(generator, text.device)(latent_shape), {}
-    x0 = solve_teacher(model, noise, text, TEACHER_STEPS)[-1]
+    x0 = solve_teacher(model, noise, text, steps)[-1]
     for part in x0.split(model.config.chunk, dim=1):
         yield vae.decode(part, state)
 
@@ -218,6 +224,52 @@ def stream_rows(teacher, student, vae, encoder, size, device, dtype, repeats):
     return told, medians, ceiling
 
 
+# -------------------------------------------------------------------------------------- counting
+@torch.no_grad()
+def count_all(config, sides, teacher_steps, peak=None):
+    """Count operations and bytes on the meta device, which computes nothing: JSON for `counted`.
+    peak: operations a second, for the bound in frames/s that they set."""
+    device = torch.device("meta")
+    model, _, vae, encoder = random_parts(DiT, config, 4, device, torch.bfloat16)
+    text = torch.zeros(1, encoder.config.words, config.text_dim, device=device)
+    shape, noise = (1, *vae.latent_shape(FRAMES, *sides)), torch.Generator()
+
+    def flops(make, frames, *more):
+        return count(model, make(model, vae, text, noise, *more), frames, device)[1]
+
+    teacher = [flops(many_steps, n, shape, teacher_steps) for n in (1, FRAMES)]
+    student = [flops(student_video, n, sides) for n in (1, FRAMES)]
+    cache, keys = model.new_cache(1, *shape[-2:]), model.text_keys(text)
+    cache.frames = (config.window - 1) * config.chunk
+    x = torch.zeros(1, config.chunk, *shape[2:], device=device)
+    with FlopCounterMode(display=False) as counter:
+        times, draw = model.schedule.timesteps(config.steps), noise_source(noise, device)
+        vae.decode(denoise_chunk(model, x, times, keys, cache, draw))
+        remember_chunk(model, x, keys, cache)
+    full, made = counter.get_total_flops(), config.chunk * vae.config.time_stride
+    tera = [{"first frame": a / 1e12, "clip": b / 1e12} for a, b in (teacher, student)]
+    rows = {f"teacher, {teacher_steps} guided steps, TFLOP": tera[0]}
+    rows[f"student, {config.steps} steps, TFLOP"] = tera[1]
+    rows["times fewer"] = {name: tera[0][name] / tera[1][name] for name in PAPER}
+    rows["times faster in the paper"] = PAPER
+    told = {"rows": rows, "a chunk behind a full window, TFLOP": full / 1e12}
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    told["parameters, GiB"] = parameters / 2**30
+    told["cache, GiB"] = 2 * cache.k.numel() * cache.k.element_size() / 2**30
+    if peak:
+        told["bound at the given peak, frames/s"] = made * peak / full
+    return told
+
+
+def counted(told):
+    """Write what `count_all` found as markdown."""
+    lines = ["| | to the first frame | for the clip |", "|---|---|---|"]
+    for name, row in told["rows"].items():
+        lines.append(f"| {name} | {cell(row['first frame'])} | {cell(row['clip'])} |")
+    rest = [f"{name}: {cell(value)}" for name, value in told.items() if isinstance(value, float)]
+    return "\n".join([*lines, "", "; ".join(rest)])
+
+
 # ---------------------------------------------------------------------------------- command line
 def bench_parser(description, out):
     """The flags of a benchmark."""
@@ -269,11 +321,23 @@ def main():
     parser = bench_parser(description, "runs/bench")
     told = "the chunk whose time is compared with that of the first with a full window before them"
     parser.add_argument("--late", type=flags.whole(), default=1000, help=told)
+    told = "only count operations and bytes, in bfloat16, without computing"
+    parser.add_argument("--count", action="store_true", help=told)
+    told = "TFLOP/s of a device, with --count: the bound in frames/s that it sets (none)"
+    parser.add_argument("--peak", type=flags.real(0, above=True), help=told)
     args = parser.parse_args()
+    flags.check_needed(args, peak="count")
     make_folder(os.path.dirname(args.out) or ".")
-    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     size, repeats = args.size or "small", args.repeats or 5
     fields, *sides = SIZES[size]
+    if args.count:
+        steps = 50 if size == "wan-1.3b" else TEACHER_STEPS
+        peak = args.peak and 1e12 * args.peak
+        told = count_all(ModelConfig(**fields or {}), sides, steps, peak)
+        told = conditions(size, FRAMES, 1, torch.bfloat16) | {"torch": torch.__version__} | told
+        write_results(args.out, told, counted(told))
+        return
+    device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     if fields is None:
         parts = shipped_parts(DiT, ("teacher", "student", "vae"), device, dtype)
     else:

@@ -114,8 +114,9 @@ class VAE(nn.Module):
         stages += [MemoryBlock(c.fine_dim), Up(c.fine_dim, c.pixel_dim, 1, 2)]
         stages += [MemoryBlock(c.pixel_dim), norm(c.pixel_dim), nn.SiLU(), Up(c.pixel_dim, 3, 1, 2)]
         self.decoder = nn.ModuleList(stages)
+        zeros = [module.conv2 for module in self.modules() if isinstance(module, MemoryBlock)]
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module.weight.any():
+            if isinstance(module, nn.Conv2d) and module not in zeros:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
         self.encoder[-1].weight.data[c.latent_dim :] *= 0.1
