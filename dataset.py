@@ -68,7 +68,7 @@ def kept_in(path, names, told, count, make):
 def encode_clips(vae, clips, batch=16):
     """Encode clips, a `data.Batch` that renders itself: latents [N, T, C, h, w] in bf16.
     They are kept in a file of runs/latents that is named by the VAE and the clips."""
-    parts = (vae.encoder[1].weight, *vars(clips).values())
+    parts = (next(vae.parameters()), *vars(clips).values())
     key = hashlib.sha256(b"".join(part.detach().cpu().numpy().tobytes() for part in parts))
     name = f"{key.hexdigest()[:8]}-{len(clips)}.pt"
 

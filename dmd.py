@@ -157,9 +157,9 @@ def main():
     told = "of the fake score for one of the student"
     add("--fake-updates", type=flags.whole(), default=5, help=told)
     told = "weights that the scores start from"
-    add("--teacher", default=shipped("teacher"), type=flags.source, help=told)
+    add("--teacher", default=shipped("teacher"), type=flags.parts, help=told)
     told = "weights that the student starts from"
-    add("--student", default=shipped("ode_init"), type=flags.source, help=told)
+    add("--student", default=shipped("ode_init"), type=flags.parts, help=told)
     told = "the teacher is a causal one, and so is the fake score"
     add("--causal-scores", action="store_true", help=told)
     told = "what it denoises: noised data, CausVid, or noise, from its own cache, Self Forcing"

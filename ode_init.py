@@ -75,7 +75,7 @@ def main():
     parser = flags.model_parser(description, 500, 8, 5e-4, "runs/ode_init")
     add = parser.add_argument
     told = "weights whose ODE is solved"
-    add("--teacher", default=shipped("teacher"), type=flags.source, help=told)
+    add("--teacher", default=shipped("teacher"), type=flags.parts, help=told)
     add("--trajectories", type=flags.whole(), default=448, help="how many")
     told = "steps of the ODE solver"
     add("--solver-steps", type=flags.whole(1, 1000), default=12, help=told)

@@ -5,6 +5,7 @@ python teacher.py --causal      makes a causal many-step teacher of the shipped 
 """
 
 import launch
+import copy
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def train_teacher(run, model, encoder, vae, data, shape, times, kind, attention)
     `evaluate.make_videos` samples it. -> (the averages of both, seconds of `training.train`).
     """
     both = nn.ModuleList([model.train(), encoder])
-    averaged = nn.ModuleList([DiT(model.config), TextEncoder(encoder.config)]).to(run.device)
+    averaged = copy.deepcopy(both).eval()
     ema = training.EMA(both)
     optimizer = training.Muon(model.blocks.parameters(), both.parameters(), run.lr)
     if run.compile:
@@ -129,7 +130,7 @@ def main():
     add("--config", default="small", type=flags.words, help=told)
     told = "train a causal teacher: block-causal attention and a time for each chunk"
     add("--causal", action="store_true", help=told)
-    add("--weights", type=flags.source, help="with --causal: start from these (the shipped)")
+    add("--weights", type=flags.parts, help="with --causal: start from these (the shipped)")
     args = parser.parse_args()
     if args.weights and not args.causal:
         raise UserError("--weights goes with --causal: the bidirectional teacher starts anew")

@@ -438,7 +438,7 @@ def write_transformer(run, name, tensors, config, seconds, codecs, then, **origi
     """`write_trained`, and beside it the VAE and text encoder that it was trained with, which its
     metadata names, unless they are shipped. codecs: their paths."""
     for path in codecs:
-        if os.path.dirname(os.path.abspath(path)) not in (
+        if os.path.isfile(path) and os.path.dirname(os.path.abspath(path)) not in (
             weights.WEIGHTS,
             os.path.abspath(run.out),
         ):

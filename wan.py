@@ -63,7 +63,6 @@ OTHERS = {
 }
 
 
-# ------------------------------------------------------------------------------------------- files
 def read_checkpoint(path):
     """Map a checkpoint into memory: (name -> tensor, the key that they were under or None)."""
     found = map_weights(path)
@@ -110,11 +109,6 @@ def kind_of(path, names, under):
     return "causvid" if under else "wan"
 
 
-def stage(path):
-    """Say what a checkpoint can be, in the words of our own metadata: teacher or student."""
-    return "teacher" if kind_of(path, *read_checkpoint(path)) == "wan" else "student"
-
-
 def config_of(path, tensors, preset):
     """Read the config off the tensors' shapes, but the head count from a config.json beside them,
     else dim / 128. Raises UserError."""
@@ -151,10 +145,11 @@ def load_transformer(path, device, dtype, preset=None, layers=None):
     config.num_layers = min(layers or config.num_layers, config.num_layers)
     with torch.device("meta"):
         model = DiT(config)
-    names = [name for name in tensors if not layers or name in model.state_dict()]
+    expected = model.state_dict()
+    names = [name for name in tensors if not layers or name in expected]
     tensors = {name: tensors[name].to(device, dtype) for name in names}
     try:
-        check_tensors(model.state_dict(), tensors)
+        check_tensors(expected, tensors)
     except ValueError as error:
         raise UserError(f"the weights in {path} do not fit the model: {error}") from None
     model.load_state_dict(tensors, assign=True)
@@ -256,8 +251,7 @@ class FullVAE(nn.Module):
         if video.shape[1] % 4 != head:
             raise ValueError(f"a clip must have 1 + 4 n frames, not {video.shape[1]}")
         video = video.to(self.mean.dtype).transpose(1, 2)
-        sizes = [1] * head + [4] * (video.shape[2] // 4)  # the first frame alone
-        groups = video.split(sizes, dim=2)
+        groups = video.split([1] * head + [4] * (video.shape[2] // 4), dim=2)
         raw = self._run("encoder", groups, state).chunk(2, dim=1)[0]
         return ((raw - self.mean) / self.std).transpose(1, 2)
 
@@ -271,8 +265,7 @@ class FullVAE(nn.Module):
 def load_vae(path, device, dtype):
     """Load TAEW2.1 from its file, or AutoencoderKLWan from its folder. Raises UserError."""
     if os.path.isdir(path):
-        inner = os.path.join(path, "vae")
-        folder = inner if os.path.isdir(inner) else path
+        folder = next(filter(os.path.isdir, (os.path.join(path, "vae"), path)))
         vae = from_folder("diffusers", "AutoencoderKLWan", folder, torch_dtype=dtype)
         return FullVAE(vae).to(device, dtype).eval()
     tensors, _ = read_checkpoint(path)
@@ -314,16 +307,14 @@ class UMT5(nn.Module):
         """Encode a list of B prompts; what follows a prompt is zero."""
         how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         tokens = self.tokenizer([clean(text) for text in prompts], max_length=WORDS, **how)
-        mask = tokens["attention_mask"].to(self.device)
-        network = self.network.eval().to(self.device)
-        text = network(tokens["input_ids"].to(self.device), mask).last_hidden_state
+        ids, mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
+        text = self.network.to(self.device)(ids, mask).last_hidden_state
         self.network.to("cpu")
         return text * mask[..., None]
 
 
 class GivenText(nn.Module):
-    """An embedding [tokens, width] from a file in place of a text encoder, and beside it perhaps
-    one named null, for the empty prompt; else that is zero."""
+    """An embedding [tokens, width] of a file, and perhaps one named null, for the empty prompt."""
 
     def __init__(self, path):
         super().__init__()

@@ -328,7 +328,8 @@ def check_role(path, *stages):
     if is_public(path):
         import wan
 
-        stage = wan.stage(path)
+        kind = wan.kind_of(path, *wan.read_checkpoint(path))
+        stage = "teacher" if kind == "wan" else "student"
     else:
         with opened(path) as file:
             stage = (file.metadata() or {}).get("stage")

@@ -170,9 +170,9 @@ def test_a_rollout_goes_on_from_the_past_in_its_cache():
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_rollout_from_noise_takes_the_steps_of_the_students_config(steps):
     student, seen = tiny_model(steps=steps), set()
-    student.register_forward_hook(lambda model, inputs, v: seen.update(inputs[1].unique().tolist()))
+    student.register_forward_hook(lambda model, inputs, v: seen.add(float(inputs[1])))
     rollout_x0(student, torch.zeros(1, 36, 8, 8, 8), random_text(1), generator())
-    assert seen == set(student.schedule.timesteps(steps).float().tolist())
+    assert seen == set(student.schedule.timesteps(steps).tolist())
 
 
 # -------------------------------------------------------------------------------------- Algorithm 1
