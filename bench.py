@@ -30,6 +30,7 @@ from weights import hardware, load_model, make_folder, shipped
 
 PAPER = {"first frame": 168, "clip": 15.7}  # times as fast as the teacher (CausVid, Table 3)
 LARGE = {"freq_dim": 256, "in_dim": 16, "out_dim": 16}
+WAN_STEPS = 50  # of its teacher
 WAN = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "text_dim": 4096}
 SIZES = {  # fields of the transformer's config, or None for the shipped one; height, width
     "small": (None, SIZE, SIZE),
@@ -331,7 +332,7 @@ def main():
     size, repeats = args.size or "small", args.repeats or 5
     fields, *sides = SIZES[size]
     if args.count:
-        steps = 50 if size == "wan-1.3b" else TEACHER_STEPS
+        steps = WAN_STEPS if size == "wan-1.3b" else TEACHER_STEPS
         peak = args.peak and 1e12 * args.peak
         told = count_all(ModelConfig(**fields or {}), sides, steps, peak)
         told = conditions(size, FRAMES, 1, torch.bfloat16) | {"torch": torch.__version__} | told

@@ -7,6 +7,7 @@ import torch
 from conftest import generator, tiny_model, tiny_text, tiny_vae
 
 import bench
+from model import DiT
 
 
 @pytest.fixture
@@ -51,3 +52,44 @@ def test_no_turns_at_all_are_refused(command_line, flag):
     status, _, err = command_line(bench, flag, 0)
     assert status == 2
     assert f"{flag}: must lie between 1" in err
+
+
+@pytest.fixture
+def small_wan(monkeypatch):
+    """Let the size of Wan 2.1 have one layer, and the teacher few steps."""
+    fields, *sides = bench.SIZES["wan-1.3b"]
+    monkeypatch.setitem(bench.SIZES, "wan-1.3b", (fields | {"num_layers": 1}, *sides))
+    monkeypatch.setattr(bench, "WAN_STEPS", 3)
+
+
+def test_operations_and_bytes_of_a_large_model_are_counted_without_it(command_line, small_wan):
+    flags = ["--size", "wan-1.3b", "--count", "--peak", 1000, "--out", "count"]
+    status, out, err = command_line(bench, *flags)
+    assert status == 0, err
+    told = json.loads(Path("count.json").read_text())
+    assert bench.counted(told) in out
+    assert "168" in out
+    assert "15.7" in out
+    tokens = 7 * 3 * 30 * 52
+    assert told["cache, GiB"] == pytest.approx(2 * tokens * 1536 * 2 / 2**30)
+    bound = 12 * 1000 / told["a chunk behind a full window, TFLOP"]
+    assert told["bound at the given peak, frames/s"] == pytest.approx(bound)
+    assert told["rows"]["times fewer"]["first frame"] > told["rows"]["times fewer"]["clip"] > 1
+
+
+def test_what_is_counted_is_what_a_run_does():
+    config, generated = tiny_model().config, torch.Generator().manual_seed(0)
+    told = bench.count_all(config, (64, 64), 2)["rows"]["student, 4 steps, TFLOP"]
+    parts = bench.random_parts(DiT, config, 4, torch.device("cpu"), torch.float32)
+    model, _, vae, encoder = parts
+    text = encoder([bench.PROMPT])
+    for name, frames in (("first frame", 1), ("clip", bench.FRAMES)):
+        chunks = bench.student_video(model, vae, text, generated, (64, 64))
+        flops = bench.count(model, chunks, frames, torch.device("cpu"))[1]
+        assert told[name] == pytest.approx(flops / 1e12, rel=0.01)
+
+
+def test_a_peak_without_counting_is_refused(command_line):
+    status, _, err = command_line(bench, "--peak", 3)
+    assert status == 2
+    assert "--peak goes with --count" in err
