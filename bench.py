@@ -69,7 +69,7 @@ def random_parts(network, config, stride, device, dtype):
 
 
 # -------------------------------------------------------------------------------------- the rows
-def many_steps(model, vae, text, generator, latent_shape, steps=TEACHER_STEPS):
+def many_steps(model, vae, text, generator, latent_shape, steps):
     """Make the teacher's video, decoded chunk by chunk like the student's."""
     noise, state = noise_source(generator, text.device)(latent_shape), {}
     x0 = solve_teacher(model, noise, text, steps)[-1]
@@ -193,12 +193,12 @@ def stream_rows(teacher, student, vae, encoder, size, device, dtype, repeats):
     """Measure teacher and student on the same clip: (name -> columns, stages in ms, ceiling)."""
     latent_shape = (1, *vae.latent_shape(FRAMES, *size))
 
-    def video(make, model, where):
-        return make(model, vae, encoder([PROMPT]), torch.Generator().manual_seed(0), where)
+    def video(make, model, *more):
+        return make(model, vae, encoder([PROMPT]), torch.Generator().manual_seed(0), *more)
 
-    few = f"student, {student.config.steps} steps"
+    many, few = TEACHER_STEPS, f"student, {student.config.steps} steps"
     rows = {
-        f"teacher, {TEACHER_STEPS} steps, guided": (many_steps, teacher, latent_shape),
+        f"teacher, {many} steps, guided": (many_steps, teacher, latent_shape, many),
         f"{few}, without cache": (without_cache, student, latent_shape),
         few: (student_video, student, size),
     }

@@ -1,5 +1,4 @@
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,8 +68,11 @@ class FakeVAE:
     """Gives the video back as its own latents, and counts the calls."""
 
     def __init__(self, weight=0.0):
-        self.encoder = [None, SimpleNamespace(weight=torch.full((1,), weight))]
+        self.weight = torch.full((1,), weight)
         self.mean, self.calls = torch.zeros(1), 0
+
+    def parameters(self):
+        yield self.weight
 
     def encode(self, video):
         self.calls += 1

@@ -164,8 +164,8 @@ def test_the_past_of_a_piece_is_of_the_same_frames(batch):
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     """Walks whose latents are their pixels: (WalkLatents, what it shows, what its past shows)."""
-    encoder = [None, SimpleNamespace(weight=torch.zeros(1))]
-    vae = SimpleNamespace(encoder=encoder, mean=torch.zeros(1), encode=torch.clone)
+    parts = {"parameters": lambda: iter([torch.zeros(1)]), "encode": torch.clone}
+    vae = SimpleNamespace(mean=torch.zeros(1), **parts)
     walks, folder = sample_walks(100, 2, generator()), os.getcwd()
     os.chdir(tmp_path_factory.mktemp("walks"))
     try:
