@@ -40,7 +40,8 @@ class ModelConfig:
         for name, value in vars(self).items():
             kind = (int, float) if name == "shift" else int
             sizes = value if name in ("patch_size", "times") else (value,)
-            if not all(isinstance(size, kind) and 1 <= size < 10**6 for size in sizes):
+            right = (isinstance(size, kind) and size is not True for size in sizes)
+            if not all(right) or not all(1 <= size < 10**6 for size in sizes):
                 raise ValueError(f"{name} must be a number from 1 to 999,999, not {value!r}")
         if len(self.patch_size) != 3 or self.in_dim != self.out_dim or self.freq_dim % 2:
             raise ValueError(

@@ -68,8 +68,9 @@ def read_checkpoint(path):
     found = map_weights(path)
     under = next((name for name in ("generator_ema", "generator") if name in found), None)
     tensors = found.get(under, found)
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise UserError(f"{path} holds other things than weights")
+    items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+    if not all(type(k) is str and torch.is_tensor(v) and v.is_floating_point() for k, v in items):
+        raise UserError(f"{path} holds other things than weights in floating point")
     return dict(tensors), under
 
 
@@ -322,11 +323,10 @@ class GivenText(nn.Module):
         null = tensors.pop("null", None)
         text = next(iter(tensors.values()), torch.zeros(1))
         null = torch.zeros_like(text) if null is None else null
-        one = (
-            len(tensors) == 1 and min(text.ndim, null.ndim) > 1 and text.shape[-1] == null.shape[-1]
-        )
+        one = len(tensors) == 1 and text.shape[-1:] == null.shape[-1:]
         for name, given in (("text", text), ("null", null)):
-            if not one or not 0 < given[..., 0].numel() <= WORDS or not given.isfinite().all():
+            fits = given.ndim > 1 and given.numel() and math.prod(given.shape[:-2]) == 1
+            if not (one and fits and given.shape[-2] <= WORDS and given.isfinite().all()):
                 raise UserError(f"{path} must hold one embedding, finite, of 1 to {WORDS} tokens")
             given = given.float().flatten(0, -2)
             # padded with zeros before the text MLP, as the release does
