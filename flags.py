@@ -277,6 +277,8 @@ def check_combination(args, example):
         raise UserError(f'give one of --prompt and --prompts; try --prompt "{example}"')
     if args.image and args.video:
         raise UserError("give one of --image and --video")
+    if args.teacher and args.preset:
+        raise UserError("--preset goes with a student, not with --teacher")
     check_needed(args, samples="prompts", strength="video", negative="teacher")
     steering = {"image": args.image, "video": args.video, "prompt-at": args.prompt_at}
     for flag, value in steering.items():

@@ -170,9 +170,12 @@ def read_json(path):
     """Read a JSON object. Raises UserError."""
     try:
         with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return found
 
 
 def map_shards(index):
@@ -182,7 +185,10 @@ def map_shards(index):
         raise UserError(f"{index} is no index of shards: it has no weight_map")
     tensors = {}
     for name in sorted(set(places.values())):
-        tensors |= map_weights(os.path.join(os.path.dirname(index), os.path.basename(name)), False)
+        shard = os.path.join(os.path.dirname(index), os.path.basename(name))
+        if not name.endswith(".safetensors") or not os.path.isfile(shard):
+            raise UserError(f"{shard}, a shard that {index} names, is not there; download it again")
+        tensors |= map_weights(shard, False)
     if missing := sorted(set(places) - set(tensors)):
         raise UserError(f"{missing[0]} is in none of the shards that {index} names")
     return tensors
@@ -247,7 +253,8 @@ class Room(TorchFunctionMode):
 def check_tensors(expected, tensors):
     """Raise ValueError for tensors of other names or shapes, or that are not finite."""
     if expected.keys() != tensors.keys():
-        raise ValueError(f"{min(expected.keys() ^ tensors.keys())} is in one of the two alone")
+        odd = min(expected.keys() ^ tensors.keys())
+        raise ValueError(f"{odd} is {'missing' if odd in expected else 'none of its parameters'}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
@@ -306,7 +313,8 @@ def made_with(path, vae, text_encoder, vae_name="vae"):
     if is_public(path):
         near = os.path.join(os.path.dirname(path), "taew2_1.safetensors")
         vae = vae or (near if os.path.isfile(near) else None)
-        needed = {"--vae taew2_1.safetensors": vae, "--text-encoder FOLDER": text_encoder}
+        text = "--text-encoder FOLDER or --text-embedding FILE"
+        needed = {"--vae taew2_1.safetensors": vae, text: text_encoder}
         for flag, given in needed.items():
             if given is None:
                 told = "docs/WAN.md says where it is and what to install"

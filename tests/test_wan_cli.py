@@ -113,6 +113,10 @@ def test_many_prompts_at_that_size(run, umt5):  # noqa: F811
         (["--weights", "{}/causvid/model.pt", "--prompt", "x"], "--text-embedding stands"),
         (["--weights", shipped("student"), "--layers", "2"], "--layers goes with public"),
         (["--weights", "{}/causvid/model.pt", "--negative", "x"], "--negative goes with --teacher"),
+        (
+            ["--teacher", "{}/causvid/model.pt", "--preset", "causvid"],
+            "--preset goes with a student",
+        ),
         (["--weights", "{}/taew2_1.safetensors"], "an autoencoder"),
         (["--weights", "{}/text.safetensors"], "does not hold a DiT"),
         (["--weights", "{}/causvid"], "holds neither"),
