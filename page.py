@@ -300,10 +300,8 @@ def serve(
     """Serve the page on localhost until Ctrl-C, and open it. player(looks, seed) -> Player.
     files: of the text model, which the page begins with if they are not the shipped ones; size: of
     its video, (H, W)."""
-    student, vae = (
-        load_model(DiT, files[0], device, dtype),
-        load_model(VAE, files[1], device, dtype),
-    )
+    student = load_model(DiT, files[0], device, dtype)
+    vae = load_model(VAE, files[1], device, dtype)
     encoder = load_model(TextEncoder, files[2], device)
     check_fit(student, vae, encoder)
     check_size(size, vae.space_stride, student.config.patch_size)

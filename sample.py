@@ -77,12 +77,8 @@ def stream(model, vae, prompt, starts, cache, denoise):
         keys = prompt(frames)
         x0 = denoise(x, times, keys, cache)
         video = vae.decode(x0, decoder_state)
-        later = not x0.is_cuda  # there the pass is only launched, and runs while the viewer looks
-        if not later:
-            remember_chunk(model, x0, keys, cache)
         yield x0, video[:, :shown]
-        if later:
-            remember_chunk(model, x0, keys, cache)
+        remember_chunk(model, x0, keys, cache)  # after the viewer has seen it
         frames += video.shape[1]
 
 
