@@ -262,7 +262,7 @@ def public_flags(parser):
     add("--layers", type=whole(1, 1000), help=told)
     told = "FILE with the embedding of a prompt, for a public checkpoint (none)"
     add("--text-embedding", type=source, help=told)
-    told = "fuse the passes behind a full window with torch.compile, which takes a minute"
+    told = "fuse the passes behind a full window with torch.compile, which takes half a minute"
     add("--compile", action="store_true", help=told)
     told = "what a teacher's guidance leads away from (the empty prompt)"
     add("--negative", type=words, help=told)

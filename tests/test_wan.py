@@ -303,12 +303,18 @@ def test_a_pt_file_with_code_in_it_is_refused_and_not_executed(tmp_path, monkeyp
         torch.ones(3),
         [1],
         {0: torch.ones(3)},
-        {"a": torch.ones(3).to(torch.int8)},
     ],
 )
 def test_a_pt_file_of_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
     assert "model.pt" in refused(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_numbers_that_are_not_floating_point_are_refused(tmp_path, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in public_model().state_dict().items()}
+    torch.save({"generator": tensors}, tmp_path / "model.pt")
+    assert "floating point" in refused(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("change", ["missing", "added", "nan"])
