@@ -15,7 +15,7 @@ from data import BACKGROUNDS, COLOURS, FPS, FRAMES, MOTIONS, SHAPES, WORDINGS
 from diffusion import TEACHER_STEPS
 from media import check_out, read_prompts
 from text import split
-from weights import UserError, shipped
+from weights import UserError, is_public, shipped
 
 
 # -------------------------------------------------------------------------------------- the parser
@@ -275,6 +275,7 @@ def check_combination(args, example):
         raise UserError("--text-embedding stands in place of every prompt and of --text-encoder")
     if not args.text_embedding and (args.prompt is None) == (args.prompts is None):
         raise UserError(f'give one of --prompt and --prompts; try --prompt "{example}"')
+    check_encoder(args.text_encoder)
     if args.image and args.video:
         raise UserError("give one of --image and --video")
     if args.teacher and args.preset:
@@ -287,6 +288,15 @@ def check_combination(args, example):
             raise UserError(f"--{flag} does not go with --{other}")
     if args.teacher and args.window:
         raise UserError("--window does not go with --teacher, which attends to the whole clip")
+
+
+def check_encoder(path):
+    """Raise UserError for a --text-encoder that is an embedding, which no prompt would change."""
+    if path and os.path.isfile(path) and is_public(path):
+        raise UserError(
+            f"--text-encoder {path} is no text encoder: if it is the embedding of a prompt, give "
+            "it to sample.py as --text-embedding, without --prompt"
+        )
 
 
 def check_needed(args, **needed):

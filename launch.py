@@ -23,7 +23,12 @@ if script and os.path.dirname(os.path.abspath(script)) == os.path.dirname(__file
 
 
 class UserError(Exception):
-    """Something the user can put right: shown as one line on stderr, exit status 2."""
+    """Something the user can put right: shown as one line on stderr, exit status 2.
+    What comes from a file is told as it is written in Python, and not without end."""
+
+    def __init__(self, told):
+        shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in told[:2000]]
+        super().__init__("".join(shown))
 
 
 def fail(told):

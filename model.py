@@ -47,6 +47,8 @@ class ModelConfig:
             raise ValueError(
                 "patch_size needs 3 numbers, out_dim to be in_dim, freq_dim to be even"
             )
+        if self.times and [*self.times] != sorted({1000, *self.times}, reverse=True):
+            raise ValueError(f"times must fall from 1000, not be {self.times}")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim {self.dim} must split into {self.num_heads} heads of even width")
 

@@ -5,6 +5,7 @@
 """
 
 import launch
+import math
 import os
 import shlex
 
@@ -24,15 +25,17 @@ from vae import VAE
 from weights import UserError, check_fit, file_hash, load_model, made_with, shipped
 
 
-def student_grid(solver_steps, student_steps):
-    """Indices of the student's times [student_steps + 1], 0 included, on the solver's grid; raises
-    UserError if the times are not on it."""
-    if solver_steps % student_steps:
-        raise UserError(
-            f"--solver-steps must be a multiple of {student_steps}, so that the student's times "
-            "lie on the solver's grid"
-        )
-    return torch.arange(0, solver_steps + 1, solver_steps // student_steps)
+def student_grid(solver_steps, student):
+    """Indices of a student's times [student.steps + 1], 0 included, on the solver's even grid.
+    student: its ModelConfig. Raises UserError if the times are not on the grid."""
+    full, times = student.steps, range(student.steps, -1, -1)
+    if len(student.times) == student.steps:  # an uneven list
+        full, times = 1000, (*student.times, 0)
+    needed = full // math.gcd(full, *times)
+    if solver_steps % needed:
+        problem = f"--solver-steps must be a multiple of {needed}, so that the student's times"
+        raise UserError(f"{problem} lie on the solver's grid")
+    return torch.tensor([(full - time) * solver_steps // full for time in times])
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def main():
     averaged = load_model(DiT, args.teacher, run.device)  # until the first sheet the teacher
     averaged.config = student.config
     check_fit(student, vae, encoder)
-    grid = student_grid(args.solver_steps, student.config.steps)
+    grid = student_grid(args.solver_steps, student.config)
     key = file_hash(args.teacher, args.text_encoder)
 
     count, shape = -(-args.trajectories // 16), vae.latent_shape(FRAMES, SIZE, SIZE)

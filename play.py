@@ -170,6 +170,7 @@ def main():
     flags.check_needed(args, out="actions", size="student")
     if args.student and args.actions:
         raise UserError("--student goes with the page, not with --actions")
+    flags.check_encoder(args.text_encoder)
     args.out = args.out or "play.mp4"
     actions = args.actions and parse_actions(args.actions)
     if actions:

@@ -154,7 +154,8 @@ def main():
         weights.check_role(path, "teacher" if args.teacher else "student")
     vae, encoder = weights.made_with(path, args.vae, args.text_encoder)
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
-    model = load_model(DiT, path, device, dtype, preset=args.preset, layers=args.layers)
+    how = {"preset": args.preset, "layers": args.layers, "steps": args.steps}
+    model = load_model(DiT, path, device, dtype, **how)
     vae, encoder = load_model(VAE, vae, device, dtype), load_model(TextEncoder, encoder, device)
     check_fit(model, vae, encoder)
     if args.compile:

@@ -11,7 +11,6 @@ import glob
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import flags
 import weights
 from model import ModelConfig
-from weights import ROOT, UserError, command_line, provenance, reason, written
+from weights import ROOT, UserError, command_line, load_pickled, provenance, reason, written
 
 
 # ------------------------------------------------------------------------------- results and docs
@@ -170,8 +169,11 @@ def causal_config(config, chunk, window, steps):
     """Change a model's chunk, window and student steps where they are given.
     The weights carry the result, and the sampler follows it. Raises UserError for less than 1."""
     given = {"chunk": chunk, "window": window, "steps": steps}
+    given = {k: v for k, v in given.items() if v is not None}
+    if steps and steps != config.steps:
+        given["times"] = ()  # those are of as many steps as before
     try:
-        return replace(config, **{k: v for k, v in given.items() if v is not None})
+        return replace(config, **given)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -274,14 +276,11 @@ def save_checkpoint(path, run, state, generator, **progress):
 def read_saved(path, device="cpu"):
     """Read the dict that torch.save wrote to `path`. Raises UserError for anything else."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = load_pickled(path, device)
         if not isinstance(saved, dict):
-            raise TypeError("it does not hold what this version writes")
-    except Exception as error:
-        told = reason(error)
-        if isinstance(error, pickle.UnpicklingError):  # torch tells how to run what is in it
-            told = "it is damaged, or holds more than numbers and text"
-        raise UserError(f"cannot read {path}: {told}; delete it to begin again") from None
+            raise ValueError("it does not hold what this version writes")
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}; delete it to begin again") from None
     return saved
 
 

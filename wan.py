@@ -1,12 +1,10 @@
 """Public checkpoints: Wan 2.1, CausVid and Self Forcing, Wan's autoencoders and its text encoder.
 
-The network is `DiT` as it is. This file recognises a checkpoint by its keys, gives them the names
-of Wan's release, reads the config off the tensors' shapes, and holds the published presets.
-docs/WAN.md says where the files are.
+The network is `DiT` as it is. This file recognises a checkpoint by its keys, reads its config off
+the tensors' shapes, and holds the published presets. docs/WAN.md says where the files are.
 """
 
 import contextlib
-import glob
 import html
 import importlib
 import math
@@ -17,10 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import weights
 from model import DiT, ModelConfig
 from text import TextConfig, TextEncoder
 from vae import VAE, Down, MemoryBlock, Up, VAEConfig, conv
-from weights import UserError, check_tensors, map_weights, read_json, reason
+from weights import UserError, from_folder, sides, summary
 
 WORDS = 512  # tokens of a prompt; shorter ones are padded with zeros, which are attended to
 SIZE = (480, 832)  # height and width that the checkpoints were trained for
@@ -58,33 +57,23 @@ OTHERS = {
     "face_|motion_encoder|audio": "a model driven by a face or by sound (Wan 2.2)",
     "control_adapter|ref_conv": "a model with camera control",
     "scale_weight|scaled_fp8": "quantised weights",
-    "token_embedding|shared.weight": "a text encoder, which goes with --text-encoder",
-    r"decoder\.": "an autoencoder, which goes with --vae",
+    "token_embedding|shared.weight": "a text encoder; --text-encoder takes the folder of one",
+    r"decoder\.": "an autoencoder; --vae takes taew2_1.safetensors or a folder of Wan's",
 }
+EXPERTS = {"high_noise": "low_noise", "transformer_2": "transformer"}  # beside each other
+EXPERTS |= {other: name for name, other in EXPERTS.items()}
 
 
 def read_checkpoint(path):
     """Map a checkpoint into memory: (name -> tensor, the key that they were under or None)."""
-    found = map_weights(path)
+    found = weights.map_weights(path)
     under = next((name for name in ("generator_ema", "generator") if name in found), None)
     tensors = found.get(under, found)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(type(k) is str and torch.is_tensor(v) and v.is_floating_point() for k, v in items):
         raise UserError(f"{path} holds other things than weights in floating point")
+    weights.check_stored(path, tensors.values())
     return dict(tensors), under
-
-
-def from_folder(package, network, folder, **options):
-    """Load a network from its folder as diffusers and transformers write it, never from the net."""
-    if not glob.glob(os.path.join(glob.escape(folder), "*.json")):
-        raise UserError(f"there is no {network} in the folder {folder}")
-    try:
-        found = getattr(importlib.import_module(package), network)
-        return found.from_pretrained(folder, local_files_only=True, **options)
-    except ImportError:
-        raise UserError(f"to load {folder}: pip install {package} sentencepiece") from None
-    except Exception as error:  # each of these libraries has its own
-        raise UserError(f"cannot load a {network} from {folder}: {reason(error)}") from None
 
 
 # ------------------------------------------------------------------------------------ transformers
@@ -96,17 +85,21 @@ def released_name(key):
     return key
 
 
-def kind_of(path, names, under):
+def kind_of(path, tensors, under):
     """Recognise a checkpoint by its keys: a name in PRESETS. Raises UserError for all others."""
     for part, title in OTHERS.items():
-        if any(re.search(part, name.lower()) for name in names):
-            raise UserError(f"{path} holds {title}; here is asked for Wan 2.1 text to video")
-    if re.search(r"(high|low)_noise|transformer_2", os.path.abspath(path)):
-        raise UserError(f"{path} is one of the two experts of Wan 2.2; here is asked for Wan 2.1")
-    if not any(released_name(name) == "patch_embedding.weight" for name in names):
-        raise UserError(f"{path} does not hold a DiT, of Wan 2.1 or a model distilled from it")
-    if under == "generator_ema" or (under and any(map(WRAPPERS.search, names))):
+        if any(re.search(part, name.lower()) for name in tensors):
+            raise UserError(f"{path} holds {title}, not a transformer of Wan 2.1 (text to video)")
+    if not any(released_name(name) == "patch_embedding.weight" for name in tensors):
+        problem = f"{path} holds {summary(tensors)}: no transformer of Wan 2.1 or distilled from it"
+        raise UserError(f"{problem}; the embedding of a prompt goes with --text-embedding")
+    if under == "generator_ema" or (under and any(map(WRAPPERS.search, tensors))):
         return "self-forcing"
+    whole = os.path.abspath(path)
+    begin = os.path.dirname(whole if os.path.isdir(path) else os.path.dirname(whole))
+    other = begin + re.sub("|".join(EXPERTS), lambda m: EXPERTS[m[0]], whole[len(begin) :])
+    if not under and other != whole and os.path.exists(other):
+        raise UserError(f"{path} and {other} are the two experts of Wan 2.2, not Wan 2.1")
     return "causvid" if under else "wan"
 
 
@@ -114,51 +107,53 @@ def config_of(path, tensors, preset):
     """Read the config off the tensors' shapes, but the head count from a config.json beside them,
     else dim / 128. Raises UserError."""
     near = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    told = read_json(near) if os.path.isfile(near) else {}
+    given = weights.read_json(near) if os.path.isfile(near) else {}
     try:
-        dim, in_dim, *patch = tensors["patch_embedding.weight"].shape
+        dim, in_dim, *patch = sides(tensors, "patch_embedding.weight", 5)
         sizes = {"dim": dim, "in_dim": in_dim, "patch_size": patch}
-        sizes["ffn_dim"] = len(tensors["blocks.0.ffn.0.weight"])
-        sizes["freq_dim"] = tensors["time_embedding.0.weight"].shape[1]
-        sizes["text_dim"] = tensors["text_embedding.0.weight"].shape[1]
-        sizes["out_dim"] = len(tensors["head.head.weight"]) // math.prod(patch)
+        sizes["ffn_dim"] = sides(tensors, "blocks.0.ffn.0.weight", 2)[0]
+        sizes["freq_dim"] = sides(tensors, "time_embedding.0.weight", 2)[1]
+        sizes["text_dim"] = sides(tensors, "text_embedding.0.weight", 2)[1]
+        sizes["out_dim"] = sides(tensors, "head.head.weight", 2)[0] // math.prod(patch)
         sizes["num_layers"] = sum(name.endswith(".ffn.0.weight") for name in tensors)
-        sizes["num_heads"] = told.get("num_heads", told.get("num_attention_heads", dim // 128))
-        if in_dim == 48:
-            raise UserError(f"{path} holds Wan 2.2 TI2V-5B; here is asked for Wan 2.1")
-        if in_dim != sizes["out_dim"]:
-            raise UserError(f"{path} takes an image or a control: {in_dim} channels, not 16")
-        return ModelConfig(**sizes, **PRESETS[preset])
-    except KeyError as error:
-        raise UserError(f"{path} is not whole: {error} is missing") from None
-    except (TypeError, ValueError, IndexError, ArithmeticError) as error:
-        raise UserError(f"{path}: {reason(error)}; a config.json beside it can tell") from None
+        if in_dim > sizes["out_dim"] or in_dim == 48:
+            what = "is Wan 2.2 TI2V-5B" if in_dim == 48 else "takes an image or a control"
+            raise UserError(f"{path} {what}: {in_dim} channels, not 16")
+        heads = given.get("num_heads", given.get("num_attention_heads", dim // 128))
+        if type(heads) is not int or heads < 1 or dim % (2 * heads):
+            problem = f"{path} is {dim} wide, which is not {heads!r:.40} heads of an even width"
+            raise UserError(f"{problem}: {near} must give num_heads")
+        return ModelConfig(num_heads=heads, **sizes, **PRESETS[preset])
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or not whole: {error}; download it again") from None
 
 
-def load_transformer(path, device, dtype, preset=None, layers=None):
-    """Load a `DiT`, each tensor straight from the mapped file to the device. Raises UserError.
-    preset: a name in PRESETS (None: what the keys tell); layers: use only the first so many."""
-    tensors, under = read_checkpoint(path)
-    kind = kind_of(path, tensors, under)
+def load_transformer(path, device, dtype, preset=None, layers=None, steps=None):
+    """Load a `DiT`, each tensor straight from the mapped file to the device, and print how it is
+    sampled. preset: a name in PRESETS (None: what the keys tell); layers: use only the first so
+    many; steps: those that it is sampled in (None: the preset's). Raises UserError."""
+    found, under = read_checkpoint(path)
+    kind = kind_of(path, found, under)
     preset = preset or kind
-    tensors = {released_name(name): tensor for name, tensor in tensors.items()}
+    tensors = {released_name(name): tensor for name, tensor in found.items()}
+    if len(tensors) < len(found):
+        raise UserError(f"{path} holds the same weights under two names")
     config = config_of(path, tensors, preset)
-    config.num_layers = min(layers or config.num_layers, config.num_layers)
     with torch.device("meta"):
         model = DiT(config)
-    expected = model.state_dict()
-    names = [name for name in tensors if not layers or name in expected]
-    tensors = {name: tensors[name].to(device, dtype) for name in names}
     try:
-        check_tensors(expected, tensors)
+        weights.check_shapes(model.state_dict(), tensors)
+        model.blocks = model.blocks[:layers]
+        config.num_layers = len(model.blocks)
+        tensors = {name: tensors[name].to(device, dtype) for name in model.state_dict()}
+        weights.check_numbers(tensors)
     except ValueError as error:
         raise UserError(f"the weights in {path} do not fit the model: {error}") from None
     model.load_state_dict(tensors, assign=True)
-    times = [round(1000 * t) for t in model.schedule.timesteps(config.steps)[:-1].tolist()]
-    how = f"{config.steps} steps at {times}"
-    if preset == "wan":
-        how = f"{TEACHER_STEPS} steps under guidance {GUIDANCE:g}"
-    print(f"{path}: a checkpoint of {kind}; preset {preset}: {how}, shift {config.shift:g}")
+    steps = steps or (TEACHER_STEPS if preset == "wan" else config.steps)
+    times = [round(1000 * t) for t in model.schedule.timesteps(steps)[:-1].tolist()]
+    how = f"under guidance {GUIDANCE:g}" if preset == "wan" else f"at {times}"
+    print(f"{path}: {kind}; preset {preset}: {steps} steps {how}, shift {config.shift:g}")
     return model.eval()
 
 
@@ -177,8 +172,7 @@ class InputMemory(MemoryBlock):
 
 def pointwise(layer):
     """Make a `Down` or an `Up` see each pixel by itself."""
-    dim, out = layer.conv.in_channels, layer.conv.out_channels
-    layer.conv = nn.Conv2d(dim, out, 1, bias=False)
+    layer.conv = nn.Conv2d(layer.conv.in_channels, layer.conv.out_channels, 1, bias=False)
     return layer
 
 
@@ -271,15 +265,19 @@ def load_vae(path, device, dtype):
         return FullVAE(vae).to(device, dtype).eval()
     tensors, _ = read_checkpoint(path)
     try:
-        widths = [len(tensors[f"decoder.{place}.weight"]) for place in (1, 8, 14, 20)]
-        latent_dim, dim = tensors["decoder.1.weight"].shape[1], len(tensors["encoder.0.weight"])
-        vae = TinyVAE(latent_dim, dim, widths)
+        widths = [sides(tensors, f"decoder.{place}.weight", 4)[0] for place in (1, 8, 14, 20)]
+        latent_dim, dim = (sides(tensors, f"encoder.{place}.weight", 4)[0] for place in (17, 0))
+        with weights.Room(2 * sum(tensor.numel() for tensor in tensors.values())):
+            vae = TinyVAE(latent_dim, dim, widths)
         for place in (7, 13, 19):  # where a file can make more frames of one, the last count
             name = f"decoder.{place}.conv.weight"
+            sides(tensors, name, 4)
             tensors[name] = tensors[name][-vae.decoder[place].conv.out_channels :]
-        check_tensors(vae.state_dict(), tensors)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not hold a VAE of Wan 2.1, TAEW2.1 ({error})") from None
+        weights.check_shapes(vae.state_dict(), tensors)
+        weights.check_numbers(tensors)
+    except ValueError as error:
+        problem = f"{path} holds {summary(tensors)}, not TAEW2.1 ({error})"
+        raise UserError(f"{problem}; --vae takes that or a folder of AutoencoderKLWan") from None
     vae.load_state_dict(tensors)
     return vae.to(device, dtype).eval()
 
@@ -320,18 +318,20 @@ class GivenText(nn.Module):
     def __init__(self, path):
         super().__init__()
         tensors = read_checkpoint(path)[0]
-        null = tensors.pop("null", None)
-        text = next(iter(tensors.values()), torch.zeros(1))
-        null = torch.zeros_like(text) if null is None else null
-        one = len(tensors) == 1 and text.shape[-1:] == null.shape[-1:]
-        for name, given in (("text", text), ("null", null)):
-            fits = given.ndim > 1 and given.numel() and math.prod(given.shape[:-2]) == 1
-            if not (one and fits and given.shape[-2] <= WORDS and given.isfinite().all()):
-                raise UserError(f"{path} must hold one embedding, finite, of 1 to {WORDS} tokens")
-            given = given.float().flatten(0, -2)
+        parts = [part for name, part in tensors.items() if name != "null"]
+        parts.append(tensors.get("null", torch.zeros_like(parts[0]) if parts else None))
+        fits = len(parts) == 2 and parts[0].shape[-1:] == parts[1].shape[-1:]
+        for name, part in zip(("text", "null"), parts, strict=False):
+            fits = fits and part.ndim > 1 and part.shape[:-2].numel() == 1
+            fits = fits and 0 < part.shape[-2] <= WORDS and 0 < part.shape[-1] <= 2**16
+            if not fits or not part.isfinite().all():
+                problem = f"{path} holds {summary(tensors)}, not one finite embedding"
+                raise UserError(f"{problem} [1 to {WORDS} tokens, width], and maybe one named null")
+            part = part.float().flatten(0, -2)
             # padded with zeros before the text MLP, as the release does
-            self.register_buffer(name, F.pad(given, (0, 0, 0, WORDS - len(given))))
+            self.register_buffer(name, F.pad(part, (0, 0, 0, WORDS - len(part))))
         self.config = TextConfig(text_dim=self.text.shape[1], words=WORDS)
+        print(f"{path}: one embedding, which stands for every prompt")
 
     def forward(self, prompts):
         """The embedding for each of B prompts, whatever it says, but for the empty one."""

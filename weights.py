@@ -8,6 +8,7 @@ import launch
 import contextlib
 import glob
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -16,6 +17,8 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
+import zipfile
 from dataclasses import asdict, fields
 from secrets import token_hex
 
@@ -56,6 +59,13 @@ def reason(error):
     """Say in one short line what an exception is about."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return (getattr(error, "strerror", None) or lines[0].strip())[:200]
+
+
+def summary(tensors):
+    """Say in a few words what a file holds: its first three tensors and their shapes."""
+    shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:3]]
+    more = [f"{len(tensors) - 3} more"] if len(tensors) > 3 else []
+    return ", ".join([*shapes, *more]) or "nothing"
 
 
 @contextlib.contextmanager
@@ -157,6 +167,37 @@ def is_public(path):
         return not {"config", "stage"} & set(file.metadata() or {})
 
 
+def load_pickled(path, device="cpu", mmap=False):
+    """Read what torch.save wrote, in its present format or the one before; code in it is never run.
+    mmap: map its tensors into memory, where the format allows that, and do not check their sums.
+    Raises ValueError for all else, and UserError if there is too little memory."""
+    problem = "it is damaged, cut short, or not what torch.save writes"
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(4)
+        packed, whole = begin == b"PK\x03\x04", begin[:1] == b"\x80"
+        if packed:
+            with zipfile.ZipFile(path) as parts:
+                # torch compresses nothing, so that no file takes more memory than its size
+                found = parts.infolist()
+                whole = all(part.compress_type == zipfile.ZIP_STORED for part in found)
+                whole = whole and sum(part.file_size for part in found) <= os.path.getsize(path)
+                whole = whole and (mmap or not parts.testzip())
+        if whole:
+            options = {"map_location": device, "mmap": mmap and packed}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old formats, in many lines
+                return torch.load(path, weights_only=True, **options)
+    except pickle.UnpicklingError:  # whose text says how to run what is in the file
+        problem = "it is damaged, or holds more than numbers and text; nothing in it was run"
+    except OSError as error:
+        problem = reason(error)
+    except Exception as error:  # of many kinds, and most in many lines
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise UserError(f"{path} needs more memory than there is") from None
+    raise ValueError(problem)
+
+
 def own_size(path):
     """The height and width of the video that a transformer was trained for."""
     if is_public(path):
@@ -213,12 +254,23 @@ def map_weights(path, shards=True):
         with opened(path) as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}
     try:
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return found if isinstance(found, dict) else {"": found}
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds code, or is no .pt file; nothing of it was run") from None
-    except (RuntimeError, ValueError, OSError, EOFError, AttributeError, LookupError) as error:
-        raise UserError(f"{path} is not a whole weights file ({reason(error)})") from None
+        found = load_pickled(path, mmap=True)
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}; download it again") from None
+    return found if isinstance(found, dict) else {"": found}
+
+
+def from_folder(package, network, folder, **options):
+    """Load a network from its folder as diffusers and transformers write it, never from the net."""
+    if not glob.glob(os.path.join(glob.escape(folder), "*.json")):
+        raise UserError(f"there is no {network} in the folder {folder}")
+    try:
+        found = getattr(importlib.import_module(package), network)
+        return found.from_pretrained(folder, local_files_only=True, **options)
+    except ImportError:
+        raise UserError(f"to load {folder}: pip install {package} sentencepiece") from None
+    except Exception as error:  # each of these libraries has its own
+        raise UserError(f"cannot load a {network} from {folder}: {reason(error)}") from None
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -246,18 +298,41 @@ class Room(TorchFunctionMode):
         if function is torch.empty:
             self.left -= made.numel()
             if self.left < 0:
-                raise ValueError("their config asks for more of them")
+                raise ValueError("a network of this config is larger than the file")
         return made
 
 
-def check_tensors(expected, tensors):
-    """Raise ValueError for tensors of other names or shapes, or that are not finite."""
+def sides(tensors, name, count):
+    """The sides of a tensor that must have so many. Raises ValueError."""
+    if name not in tensors:
+        raise ValueError(f"{name} is missing")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != count or 0 in shape:
+        raise ValueError(f"{name} is {shape}, which should be {count} sides")
+    return shape
+
+
+def check_stored(path, tensors):
+    """Raise UserError for tensors of a file that need more memory than what they are stored in."""
+    stored = [tensor.untyped_storage() for tensor in tensors]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in stored}
+    if sum(tensor.nbytes for tensor in tensors) > sum(sizes.values()):
+        raise UserError(f"{path} is damaged: its tensors overlap or are larger than the file")
+
+
+def check_shapes(expected, tensors):
+    """Raise ValueError for tensors of other names or shapes than the expected ones."""
     if expected.keys() != tensors.keys():
         odd = min(expected.keys() ^ tensors.keys())
         raise ValueError(f"{odd} is {'missing' if odd in expected else 'none of its parameters'}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+
+
+def check_numbers(tensors):
+    """Raise ValueError for tensors that are not finite."""
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite, as a run that failed leaves it")
 
@@ -270,19 +345,20 @@ def load_model(network, path, device="cpu", dtype=torch.float32, **options):
         import wan  # stands on the last shelf, which none of our own weights need
 
         return wan.load(network, path, device, dtype, **options)
-    if given := [name for name, value in options.items() if value]:
+    if given := [name for name, value in options.items() if value and name != "steps"]:
         raise UserError(f"--{given[0]} goes with public checkpoints, which {path} is not")
     tensors, config = read_weights(path)
     known = {field.name for field in fields(network.Config)}
     # a field that is 0 stands for something that this network does not have
     if not isinstance(config, dict) or any(config[k] for k in set(config) - known):
-        raise UserError(f"{path} does not hold a {network.__name__}")
+        raise UserError(f"{path} does not hold a {network.__name__}{way_out(stage_of(path))}")
     try:
         config = network.Config(**{k: v for k, v in config.items() if k in known})
         check_config(config, len(tensors))
         with Room(sum(tensor.numel() for tensor in tensors.values())):
             model = network(config)
-        check_tensors(model.state_dict(), tensors)
+        check_shapes(model.state_dict(), tensors)
+        check_numbers(tensors)
         model.load_state_dict(tensors)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"the weights in {path} do not fit the model: {reason(error)}") from None
@@ -292,6 +368,9 @@ def load_model(network, path, device="cpu", dtype=torch.float32, **options):
 def check_fit(model, vae, encoder):
     """Raise UserError for a transformer that was not trained with this VAE and text encoder."""
     c, channels, width = model.config, vae.config.latent_dim, encoder.config.text_dim
+    if c.patch_size[0] > 1:  # an image, and the first step of a stream, are one latent frame
+        problem = f"the transformer's patches span {c.patch_size[0]} latent frames"
+        raise UserError(f"{problem}; a stream needs patches of 1, as Wan 2.1 and its students have")
     if hasattr(c, "num_actions") != (vae.config.time_stride == 1):
         raise UserError("a frame-wise VAE (vae_frame) goes with action models, and with no other")
     if (c.in_dim, c.text_dim) != (channels, width):
@@ -317,8 +396,8 @@ def made_with(path, vae, text_encoder, vae_name="vae"):
         needed = {"--vae taew2_1.safetensors": vae, text: text_encoder}
         for flag, given in needed.items():
             if given is None:
-                told = "docs/WAN.md says where it is and what to install"
-                raise UserError(f"{path} needs {flag}: {told}")
+                where = "docs/WAN.md says where it is and what to install"
+                raise UserError(f"{path} needs {flag}: {where}")
         return vae, text_encoder
     chosen = {"vae": vae or beside(path, vae_name)}
     chosen["text_encoder"] = text_encoder or beside(path, "text_encoder")
@@ -331,15 +410,31 @@ def made_with(path, vae, text_encoder, vae_name="vae"):
     return chosen.values()
 
 
+def stage_of(path):
+    """The stage that the metadata of a weights file names: "vae", "teacher" ... or None."""
+    with opened(path) as file:
+        return (file.metadata() or {}).get("stage")
+
+
+def way_out(stage):
+    """Say which flag takes the weights of a stage, where that is known."""
+    flags = {"vae": "--vae", "text encoder": "--text-encoder", "action": "--weights of play.py"}
+    flags |= {"player": "--weights of play.py", "teacher": "--teacher"}
+    flags |= {"student": "--weights or --student"}
+    found = [flag for name, flag in flags.items() if name in (stage or "")]
+    return f"; it goes with {found[0]}" if found else ""
+
+
 def check_role(path, *stages):
     """Raise UserError for weights whose metadata names a stage that is none of these."""
+    hint = ""
     if is_public(path):
         import wan
 
         kind = wan.kind_of(path, *wan.read_checkpoint(path))
         stage = "teacher" if kind == "wan" else "student"
+        hint = ", or with --preset if it was distilled" if kind == "wan" else ""
     else:
-        with opened(path) as file:
-            stage = (file.metadata() or {}).get("stage")
+        stage = stage_of(path)
     if stage and not any(name in stage for name in stages):
-        raise UserError(f"{path} holds {stage!r}; here is asked for: {' or '.join(stages)}")
+        raise UserError(f"{path} holds {stage!r}, not {' or '.join(stages)}{way_out(stage)}{hint}")
