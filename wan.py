@@ -153,7 +153,7 @@ def load_transformer(path, device, dtype, preset=None, layers=None, steps=None):
     steps = steps or (TEACHER_STEPS if preset == "wan" else config.steps)
     times = [round(1000 * t) for t in model.schedule.timesteps(steps)[:-1].tolist()]
     how = f"under guidance {GUIDANCE:g}" if preset == "wan" else f"at {times}"
-    print(f"{path}: {kind}; preset {preset}: {steps} steps {how}, shift {config.shift:g}")
+    print(f"{path} holds {kind}; preset {preset}: {steps} steps {how}, shift {config.shift:g}")
     return model.eval()
 
 

@@ -411,9 +411,12 @@ def made_with(path, vae, text_encoder, vae_name="vae"):
 
 
 def stage_of(path):
-    """The stage that the metadata of a weights file names: "vae", "teacher" ... or None."""
+    """The stage that a weights file's metadata names or its config shows: "vae" ... or None."""
     with opened(path) as file:
-        return (file.metadata() or {}).get("stage")
+        metadata = file.metadata() or {}
+    fields = {'"time_stride"': "vae", '"words"': "text encoder"}
+    shown = (stage for name, stage in fields.items() if name in metadata.get("config", ""))
+    return metadata.get("stage", next(shown, None))
 
 
 def way_out(stage):

@@ -1,11 +1,17 @@
+import functools
+
 import pytest
 import torch
 from conftest import generator, tiny_model
 
+import evaluate
+import metrics
+import ode_init
 from diffusion import Schedule
+from model import DiT, ModelConfig
 from ode_init import chunk_levels, make_trajectories, regression_loss, student_grid
 from text import TextEncoder
-from weights import UserError
+from weights import UserError, load_model, save_weights
 
 
 # ----------------------------------------------------------------------------------- trajectories
@@ -13,20 +19,54 @@ from weights import UserError
 @pytest.mark.parametrize("solver_steps", [4, 24, 48])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
 def test_student_times_lie_on_the_solver_grid(solver_steps, shift, student_steps):
-    schedule = Schedule(shift=shift)
-    on_grid = schedule.timesteps(solver_steps)[student_grid(solver_steps, student_steps)]
+    schedule, config = Schedule(shift=shift), ModelConfig(steps=student_steps)
+    on_grid = schedule.timesteps(solver_steps)[student_grid(solver_steps, config)]
     assert torch.allclose(on_grid, schedule.timesteps(student_steps))
 
 
 @pytest.mark.parametrize("solver_steps", [6, 26, 50])
 def test_student_times_that_are_not_on_the_grid_are_refused(solver_steps):
     with pytest.raises(UserError, match="multiple of 4"):
-        student_grid(solver_steps, 4)
+        student_grid(solver_steps, ModelConfig(steps=4))
+
+
+CAUSVID = {"steps": 3, "times": (1000, 280, 120), "shift": 8.0}
+
+
+@pytest.mark.parametrize("solver_steps", [25, 50])
+def test_uneven_student_times_lie_on_the_solver_grid(solver_steps):
+    config = ModelConfig(**CAUSVID)
+    schedule = Schedule(config.shift, config.times)
+    on_grid = schedule.timesteps(solver_steps)[student_grid(solver_steps, config)]
+    assert torch.allclose(on_grid, schedule.timesteps(3))
+    assert (1000 * on_grid).round().tolist() == [1000, 757, 522, 0]
+
+
+def test_uneven_student_times_that_are_not_on_the_grid_are_refused():
+    with pytest.raises(UserError, match="multiple of 25"):
+        student_grid(12, ModelConfig(**CAUSVID))
+
+
+def test_a_student_of_uneven_times_is_trained_and_keeps_them(command_line, monkeypatch):
+    monkeypatch.setattr(evaluate, "fixed_set", functools.partial(metrics.fixed_set, prompts=1))
+    teacher = tiny_model(**CAUSVID)
+    save_weights("teacher.safetensors", teacher.state_dict(), teacher.config, stage="teacher")
+    given = ["--teacher", "teacher.safetensors", "--solver-steps", 25, "--trajectories", 16]
+    given += ["--steps", 1, "--batch-size", 1, "--out", "out", "--device", "cpu"]
+    status, _, err = command_line(ode_init, *given)
+    assert status == 0, err
+    assert load_model(DiT, "out/ode_init.safetensors").config.times == CAUSVID["times"]
+
+
+@pytest.mark.parametrize("times", [(280, 1000, 120), (900, 500), (1000, 1000)])
+def test_times_that_do_not_fall_from_1000_are_refused(times):
+    with pytest.raises(ValueError, match="must fall from 1000"):
+        ModelConfig(times=times)
 
 
 def trajectories(teacher=None, solver_steps=8, student_steps=4, first=0):
     """4 trajectories of clips of 6 latent frames, in batches of 2, and their prompts."""
-    grid = student_grid(solver_steps, student_steps)
+    grid = student_grid(solver_steps, ModelConfig(steps=student_steps))
     how = (solver_steps, grid, (6, 8, 8, 8), "cpu")
     parts = range(first, 2)
     made = list(make_trajectories(teacher or tiny_model(), encoder(), parts, *how, batch=2))

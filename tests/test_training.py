@@ -317,6 +317,18 @@ def test_a_damaged_checkpoint_is_named_before_the_run_starts(tmp_path, found):
         start(tmp_path, "--resume")
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    found, saved = torch.load(path, weights_only=True), bytearray(path.read_bytes())
+    weight = found["state"]["net"]["weight"].numpy().tobytes()
+    place = saved.index(weight)
+    saved[place + 1] ^= 4
+    path.write_bytes(saved)
+    with pytest.raises(UserError, match=r"cannot read .*checkpoint\.pt: it is damaged"):
+        run(tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("saved", [{"settings": "all"}, {"base_lr": 5}, {}])
 def test_damaged_settings_are_named_before_the_run_starts(tmp_path, saved):
     torch.save(saved, tmp_path / "checkpoint.pt")
@@ -408,6 +420,12 @@ def test_a_config_file_holds_fields_of_the_config(tmp_path):
 def test_chunk_window_and_steps_change_where_they_are_given():
     changed = causal_config(ModelConfig(chunk=5, window=6, steps=7), None, 3, 2)
     assert changed == ModelConfig(chunk=5, window=3, steps=2)
+
+
+def test_another_number_of_steps_forgets_the_list_of_times():
+    config = ModelConfig(steps=3, times=(1000, 280, 120))
+    assert causal_config(config, 2, None, 3).times == (1000, 280, 120)
+    assert causal_config(config, None, None, 2).times == ()
 
 
 @pytest.mark.parametrize("given", [(0, None, None), (None, 0, None), (None, None, 0)])

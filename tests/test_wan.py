@@ -1,6 +1,8 @@
 import json
 import os
 import pickle
+import re
+import zipfile
 
 import pytest
 import torch
@@ -10,8 +12,6 @@ from safetensors.torch import save_file
 import wan
 from model import DiT
 from weights import UserError, check_role, load_model
-
-diffusers = pytest.importorskip("diffusers")
 
 # heads, width of a head, ffn, frequencies, channels, text width, layers, patch
 SHAPES = [
@@ -23,6 +23,7 @@ SHAPES = [
 
 def theirs(heads, width, ffn, freq, channels, text, layers, patch):
     """A random transformer of diffusers, whose tables and norms are not what they start as."""
+    diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     sizes = {"num_attention_heads": heads, "attention_head_dim": width, "ffn_dim": ffn}
     sizes |= {"freq_dim": freq, "in_channels": channels, "out_channels": channels}
@@ -115,7 +116,7 @@ KINDS |= {"generator_ema": "self-forcing", "generator": "self-forcing"}
 def test_a_checkpoint_of_each_layout_comes_back(layout, tmp_path, capsys):
     model = public_model()
     loaded = load_model(DiT, write(layout, tmp_path, model))
-    assert f"a checkpoint of {KINDS[layout]}" in capsys.readouterr().out
+    assert f"holds {KINDS[layout]}; preset {KINDS[layout]}" in capsys.readouterr().out
     assert loaded.config.num_heads == 2
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
@@ -214,11 +215,28 @@ def test_a_checkpoint_of_another_family_is_refused_by_name(tmp_path, key, title)
     assert title in refused(path)
 
 
-def test_the_experts_of_wan_2_2_are_refused_by_their_folder(tmp_path):
-    (tmp_path / "high_noise_model").mkdir()
-    assert "two experts of Wan 2.2" in refused(
-        write("release", tmp_path / "high_noise_model", public_model())
-    )
+EXPERTS = [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")]
+
+
+@pytest.mark.parametrize("folders", EXPERTS)
+def test_two_experts_beside_each_other_are_refused(tmp_path, folders):
+    for name in folders:
+        (tmp_path / name).mkdir()
+        path = write("release", tmp_path / name, public_model())
+    for found in (path, os.path.dirname(path)):
+        assert "two experts of Wan 2.2" in refused(found)
+
+
+def test_files_of_two_experts_beside_each_other_are_refused(tmp_path):
+    for name in ("a_high_noise.safetensors", "a_low_noise.safetensors"):
+        os.replace(write("release", tmp_path, public_model()), tmp_path / name)
+    assert "two experts of Wan 2.2" in refused(tmp_path / "a_low_noise.safetensors")
+
+
+@pytest.mark.parametrize("name", ["low_noise", "low_noise/transformer", "high_noise_model"])
+def test_a_folders_name_alone_says_nothing(tmp_path, name):
+    (tmp_path / name).mkdir(parents=True)
+    assert load_model(DiT, write("release", tmp_path / name, public_model()))
 
 
 @pytest.mark.parametrize(("fields", "title"), [({"in_dim": 48, "out_dim": 48}, "TI2V-5B")])
@@ -252,6 +270,38 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, told):
     assert "config.json" in refused(path)
 
 
+DAMAGED = {
+    "patch_embedding.weight": torch.ones(256, 8),
+    "head.head.weight": torch.ones(3, 256),
+    "blocks.0.ffn.0.weight": torch.ones(16, 0),
+    "time_embedding.0.weight": torch.ones(256, 7),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_tensor_is_not_blamed_on_the_config(tmp_path, name):
+    tensors = {key: tensor.clone() for key, tensor in public_model().state_dict().items()}
+    save_file(tensors | {name: DAMAGED[name]}, tmp_path / "a.safetensors")
+    told = refused(tmp_path / "a.safetensors")
+    assert "damaged" in told
+    assert "config.json" not in told
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_gap_in_the_blocks_is_refused_at_any_depth(tmp_path, layers):
+    tensors = public_model().state_dict()
+    tensors = {name.replace("blocks.1.", "blocks.2."): t.clone() for name, t in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"blocks\.1\..* is missing"):
+        load_model(DiT, str(tmp_path / "a.safetensors"), layers=layers)
+
+
+def test_weights_under_two_names_are_refused(tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in public_model().state_dict().items()}
+    save_file(tensors | {"model.head.head.bias": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert "two names" in refused(tmp_path / "a.safetensors")
+
+
 def test_a_missing_shard_is_named(tmp_path):
     path = write("shards", tmp_path, public_model())
     os.remove(tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors")
@@ -279,6 +329,46 @@ def test_a_truncated_pt_file_is_named(tmp_path, part):
     write("causvid", tmp_path, public_model())
     path.write_bytes(path.read_bytes()[part])
     assert "model.pt" in refused(path)
+
+
+def old_format(saved, path):
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+
+
+def test_a_pt_file_of_the_old_format_is_loaded(tmp_path):
+    tensors = {f"model.{name}": tensor for name, tensor in public_model().state_dict().items()}
+    old_format({"generator": tensors}, tmp_path / "model.pt")
+    assert load_model(DiT, str(tmp_path / "model.pt")).config.num_layers == 2
+
+
+@pytest.mark.parametrize("save", [torch.save, old_format])
+@pytest.mark.parametrize("end", [3, 200, -200])
+def test_a_pt_file_that_is_cut_short_is_refused_in_our_words(tmp_path, save, end):
+    path = tmp_path / "model.pt"
+    save({"generator": {"a": torch.ones(999)}}, path)
+    path.write_bytes(path.read_bytes()[:end])
+    assert re.search(r"model\.pt: it is damaged, .*; download it again$", refused(path))
+
+
+def compressed(path):
+    """Write a zip again so that zeros take next to nothing."""
+    with zipfile.ZipFile(path) as parts:
+        contents = {part: parts.read(part) for part in parts.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as parts:
+        for name, content in contents.items():
+            parts.writestr(name, content)
+
+
+def test_a_compressed_pt_file_is_refused(tmp_path):
+    torch.save({"generator": {"a": torch.zeros(99999)}}, tmp_path / "model.pt")
+    compressed(tmp_path / "model.pt")
+    assert "not what torch.save writes" in refused(tmp_path / "model.pt")
+
+
+def test_a_tensor_larger_than_what_it_is_stored_in_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"generator": {"a": torch.zeros(1).expand(10**9, 10**3)}}, path)
+    assert "larger than the file" in refused(path)
 
 
 class Code:
@@ -336,10 +426,12 @@ def test_a_folder_without_weights_is_named(tmp_path):
 
 
 def test_a_bidirectional_checkpoint_is_no_student(tmp_path):
-    with pytest.raises(UserError, match="holds 'teacher'"):
+    with pytest.raises(
+        UserError, match=r"holds 'teacher', not student; .*--teacher, or .*--preset"
+    ):
         check_role(write("release", tmp_path, public_model()), "student")
 
 
 def test_a_distilled_checkpoint_is_no_teacher(tmp_path):
-    with pytest.raises(UserError, match="holds 'student'"):
+    with pytest.raises(UserError, match="holds 'student', not teacher; it goes with --weights"):
         check_role(write("causvid", tmp_path, public_model()), "teacher")

@@ -29,6 +29,8 @@ def files(tmp_path_factory):
     )
     save_file({"text": torch.randn(9, 14), "null": torch.randn(2, 14)}, folder / "text.safetensors")
     save_file({"text": torch.randn(9, 15)}, folder / "wide.safetensors")
+    (folder / "two").mkdir()
+    write("causvid", folder / "two", tiny_model(patch_size=(2, 2, 2), **sizes))
     return folder
 
 
@@ -58,13 +60,18 @@ def test_a_distilled_checkpoint_streams(run, layout):
 
 def test_a_bidirectional_checkpoint_is_sampled_as_a_teacher(run):
     out = run("release", "--steps", 2, "--negative", "blurred", role="--teacher")
-    assert "50 steps under guidance 5, shift 5" in out
+    assert "preset wan: 2 steps under guidance 5, shift 5" in out
     assert iio.imread("a.gif").shape == (16, 32, 48, 3)
 
 
 def test_the_preset_of_another_model_can_be_asked_for(run):
     out = run("release", "--preset", "causvid")
     assert "3 steps at [1000, 757, 522], shift 8" in out
+
+
+@pytest.mark.parametrize(("steps", "times"), [(2, "[1000, 889]"), (3, "[1000, 757, 522]")])
+def test_the_steps_that_are_asked_for_are_told(run, steps, times):
+    assert f"{steps} steps at {times}, shift 8" in run("causvid", "--steps", steps)
 
 
 def test_image_to_video_at_that_size(run):
@@ -118,7 +125,10 @@ def test_many_prompts_at_that_size(run, umt5):  # noqa: F811
             "--preset goes with a student",
         ),
         (["--weights", "{}/taew2_1.safetensors"], "an autoencoder"),
-        (["--weights", "{}/text.safetensors"], "does not hold a DiT"),
+        (["--weights", "{}/text.safetensors"], "goes with --text-embedding"),
+        (["--weights", "{}/causvid/model.pt", "--vae", "{}/causvid/model.pt"], "not TAEW2.1"),
+        (["--weights", "{}/two/model.pt"], "span 2 latent frames; a stream needs patches of 1"),
+        (["--weights", shipped("vae")], "goes with --vae"),
         (["--weights", "{}/causvid"], "holds neither"),
     ],
 )
@@ -129,6 +139,16 @@ def test_bad_input_is_one_line(command_line, files, arguments, words):
     assert status == 2, err
     assert len(err.splitlines()) == 1, err
     assert words in err
+
+
+@pytest.mark.parametrize(("script", "role"), [(sample, "--weights"), (play, "--student")])
+def test_an_embedding_does_not_stand_in_for_a_text_encoder(command_line, files, script, role):
+    given = [role, files / "causvid" / "model.pt", "--vae", files / "taew2_1.safetensors"]
+    given += ["--text-encoder", files / "text.safetensors"]
+    given += ["--prompt", "x"] if script is sample else []
+    status, _, err = command_line(script, *given)
+    assert status == 2
+    assert "--text-embedding, without --prompt" in err
 
 
 @pytest.mark.parametrize("flag", ["--vae", "--text-encoder"])
