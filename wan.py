@@ -70,8 +70,10 @@ def read_checkpoint(path):
     under = next((name for name in ("generator_ema", "generator") if name in found), None)
     tensors = found.get(under, found)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-    if not all(type(k) is str and torch.is_tensor(v) and v.is_floating_point() for k, v in items):
-        raise UserError(f"{path} holds other things than weights in floating point")
+    if not all(type(name) is str and weights.is_plain(value) for name, value in items):
+        raise UserError(
+            f"{path} holds other things than weights in floating point of 16 to 64 bits"
+        )
     weights.check_stored(path, tensors.values())
     return dict(tensors), under
 

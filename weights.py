@@ -151,8 +151,8 @@ def read_weights(path):
     with opened(path) as file:
         config = json.loads((file.metadata() or {}).get("config", "null"))
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    if any(tensor.is_complex() for tensor in tensors.values()):
-        raise UserError(f"{path} holds complex numbers, which no network here has")
+    if not all(map(is_plain, tensors.values())):
+        raise UserError(f"{path} holds numbers that are not floating point, of 16 to 64 bits")
     return {name: tensor.float() for name, tensor in tensors.items()}, config
 
 
@@ -310,6 +310,13 @@ def sides(tensors, name, count):
     if len(shape) != count or 0 in shape:
         raise ValueError(f"{name} is {shape}, which should be {count} sides")
     return shape
+
+
+def is_plain(value):
+    """Whether a value from a file is a dense tensor of floating-point numbers, there on the CPU."""
+    numbers = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_nested
+    return dense and value.dtype in numbers and value.device.type == "cpu"
 
 
 def check_stored(path, tensors):

@@ -133,7 +133,7 @@ def test_shipped_weights_follow_the_prompt(of_shipped_weights):
         ("--weights {folder}/truncated.safetensors", "truncated"),
         ("--weights {folder}/other.safetensors", "does not go with"),
         ("--weights {folder}/wrong.safetensors", "do not fit"),
-        ("--weights {folder}/vae.safetensors", "not hold a DiT"),
+        ("--weights {folder}/vae.safetensors", "it goes with --vae"),
         ("--vae {folder}/model.safetensors", "not hold a VAE"),
         ("--teacher --seconds 6", "81 frames"),
         ("--nonsense", "nonsense"),
