@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data import sample_clips
 from training import read_saved
-from weights import UserError, written
+from weights import UserError, check_stored, is_plain, written
 
 # how often a motion is drawn, in the order of data.MOTIONS: a bounce and a spin take far longer to
 # learn than standing still
@@ -27,23 +27,33 @@ def join(parts):
     return joined
 
 
-def read_kept(path, names):
-    """Read a dict of these names from a file. Raises UserError if it holds another or none."""
+def read_kept(path, kinds):
+    """Read a dict from a file. kinds: what it must hold, name -> torch.Tensor, or list for texts,
+    all of one length. Raises UserError for anything else."""
     kept = read_saved(path)
-    if kept.keys() != set(names):
-        raise UserError(f"{path} does not hold {' and '.join(names)}; delete it to begin again")
+    right = kept.keys() == kinds.keys()
+    right = right and all(isinstance(kept[name], kind) for name, kind in kinds.items())
+    texts = [text for part in kept.values() if isinstance(part, list) for text in part]
+    tensors = [part for part in kept.values() if torch.is_tensor(part)]
+    right = right and all(is_plain(part) and part.ndim for part in tensors)
+    right = right and all(isinstance(text, str) for text in texts)
+    if right:
+        check_stored(path, tensors)
+        right = len({len(part) for part in kept.values()}) == 1
+    if not right or not all(part.isfinite().all() for part in tensors):
+        raise UserError(f"{path} does not hold {' and '.join(kinds)}; delete it to begin again")
     return kept
 
 
-def kept_in(path, names, told, count, make):
-    """Read what the file `path` keeps, a dict of these names; if it is not there it is made in
-    `count` parts.
+def kept_in(path, kinds, told, count, make):
+    """Read what the file `path` keeps, see `read_kept`; if it is not there it is made in `count`
+    parts.
 
     make(first) yields the parts for `join` from number `first` on. Each is kept in a file, so that
     a run that is stopped meanwhile goes on where it was. told: what is made, "encoding 9 clips".
     """
     if os.path.exists(path):
-        return read_kept(path, names)
+        return read_kept(path, kinds)
     files = [f"{path}.{number}" for number in range(count)]
     first = next((n for n, name in enumerate(files) if not os.path.exists(name)), count)
     print(f"first, {told}, once for all runs; then comes the training")
@@ -55,7 +65,7 @@ def kept_in(path, names, told, count, make):
     except KeyboardInterrupt:
         print("stopped before the training; what is done is kept: the same command goes on")
         raise
-    kept = join([read_kept(name, names) for name in files])
+    kept = join([read_kept(name, kinds) for name in files])
     with written(path) as file:
         torch.save(kept, file)
     for name in files:
@@ -79,7 +89,10 @@ def encode_clips(vae, clips, batch=16):
 
     told, count = f"encoding {len(clips):,} clips", -(-len(clips) // batch)
     path = os.path.join("runs", "latents", name)
-    return kept_in(path, ("latents",), told, count, make)["latents"]
+    latents = kept_in(path, {"latents": torch.Tensor}, told, count, make)["latents"]
+    if latents.ndim != 5 or len(latents) != len(clips):
+        raise UserError(f"{path} does not hold {len(clips):,} clips; delete it to begin again")
+    return latents
 
 
 def training_clips(count):

@@ -106,9 +106,10 @@ def main():
 
     name = f"{key}-{args.trajectories}-{args.solver_steps}-{student.config.steps}.pt"
     told = f"solving {16 * count:,} ODEs"
-    path, names = os.path.join("runs", "trajectories", name), ("states", "prompts")
-    kept = kept_in(path, names, told, count, make)
-    states, prompts = (kept[name][: args.trajectories] for name in names)
+    kinds = {"states": torch.Tensor, "prompts": list}
+    path = os.path.join("runs", "trajectories", name)
+    kept = kept_in(path, kinds, told, count, make)
+    states, prompts = (kept[name][: args.trajectories] for name in kinds)
     ema = training.EMA(student)
     optimizer = training.Muon(student.blocks.parameters(), student.parameters(), run.lr)
     if run.compile:

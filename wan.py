@@ -71,9 +71,7 @@ def read_checkpoint(path):
     tensors = found.get(under, found)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(type(name) is str and weights.is_plain(value) for name, value in items):
-        raise UserError(
-            f"{path} holds other things than weights in floating point of 16 to 64 bits"
-        )
+        raise UserError(f"{path} holds other things than floating point of 16 to 64 bits")
     weights.check_stored(path, tensors.values())
     return dict(tensors), under
 

@@ -148,7 +148,7 @@ NETWORKS |= {"embedding": TextEncoder, "embedding_pt": TextEncoder}
 def load(name, path):
     """Load a file as the scripts do: (name -> tensor, all else that came of it)."""
     if name == "latents":
-        return {"latents": dataset.read_kept(path, ("latents",))["latents"]}, None
+        return {"latents": dataset.read_kept(path, {"latents": torch.Tensor})["latents"]}, None
     if name == "checkpoint":
         saved = training.read_saved(path, "meta")
         training.compare_settings("out", saved.get("settings"), RUN.settings)
@@ -511,10 +511,10 @@ def outcome(name, path, whole):
         return ("refused" if told.isprintable() else "FAILED: lines"), told
     except BaseException as error:
         return "FAILED: traceback", f"{type(error).__name__}: {error}"[:300]
-    same = tensors.keys() == whole[0].keys() and rest == whole[1]
-    if same and all(torch.equal(tensors[key], whole[0][key]) for key in tensors):
-        return "whole", ""
     try:
+        same = tensors.keys() == whole[0].keys() and rest == whole[1]
+        if same and all(torch.equal(tensors[key], whole[0][key]) for key in tensors):
+            return "whole", ""
         right = is_as_written(name, path, tensors)
     except Exception as error:
         return "FAILED: other numbers", f"{type(error).__name__}: {error}"[:300]

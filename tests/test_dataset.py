@@ -34,10 +34,22 @@ def test_motions_are_drawn_for_training_by_their_shares():
     assert (drawn - expected / expected.sum()).abs().max() < 0.01
 
 
-def test_a_kept_file_that_holds_something_else_is_named(tmp_path):
-    torch.save({"a": 1}, tmp_path / "x.pt")
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"a": 1},
+        {"states": torch.ones(2), "prompts": ["a"]},
+        {"states": torch.ones(1), "prompts": [3]},
+        {"states": ["a"], "prompts": ["a"]},
+        {"states": torch.tensor([float("nan")]), "prompts": ["a"]},
+        {"states": torch.ones(1, dtype=torch.int8), "prompts": ["a"]},
+    ],
+)
+def test_a_kept_file_that_holds_something_else_is_named(tmp_path, kept):
+    torch.save(kept, tmp_path / "x.pt")
+    kinds = {"states": torch.Tensor, "prompts": list}
     with pytest.raises(UserError, match=r"x\.pt does not hold states and prompts; delete it"):
-        kept_in(str(tmp_path / "x.pt"), ("states", "prompts"), "", 1, None)
+        kept_in(str(tmp_path / "x.pt"), kinds, "", 1, None)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +126,7 @@ def numbers(first, stop_at=None):
     for number in range(first, 4):
         if number == stop_at:
             raise KeyboardInterrupt
-        yield {"x": torch.full((2, 3), number), "names": [f"{number}"]}
+        yield {"x": torch.full((2, 3), float(number)), "names": 2 * [f"{number}"]}
 
 
 @pytest.fixture
@@ -130,13 +142,13 @@ def keep(path, **how):
         made.append(first)
         return numbers(first, **how)
 
-    return kept_in(str(path), ("x", "names"), "counting", 4, make), made
+    return kept_in(str(path), {"x": torch.Tensor, "names": list}, "counting", 4, make), made
 
 
 def test_parts_are_joined_in_their_order(path):
     kept, _ = keep(path)
-    assert torch.equal(kept["x"], torch.arange(4).repeat_interleave(2)[:, None].expand(-1, 3))
-    assert kept["names"] == ["0", "1", "2", "3"]
+    assert torch.equal(kept["x"], torch.arange(4.0).repeat_interleave(2)[:, None].expand(-1, 3))
+    assert kept["names"] == list("00112233")
 
 
 def test_what_is_kept_is_made_only_once(path):
@@ -180,8 +192,9 @@ def test_a_damaged_file_is_named(path, damage):
 
 
 def test_a_full_disk_is_named_and_leaves_whole_parts(path):
+    how = ({"x": torch.Tensor}, "counting", 1, lambda first: iter([{"x": torch.zeros(9999)}]))
     with full_disk(), pytest.raises(UserError, match=r"cannot write .*x\.pt\.0: File too large"):
-        kept_in(str(path), ("x",), "counting", 1, lambda first: iter([{"x": torch.zeros(9999)}]))
+        kept_in(str(path), *how)
     assert os.listdir(path.parent) == []
 
 
