@@ -10,8 +10,8 @@ file claims. What counts:
   file (safetensors: its header and numpy; .pt: torch.load), in the sizes that the config says. A
   bit that flips in a tensor of a safetensors file or of a mapped .pt file makes another number, and
   neither has a checksum that is read; a checkpoint and kept latents have one, and are refused.
-All else is a failure: another exception, other numbers, a crash, half a minute, more memory, or a
-trace of the code that some files hold. The same seed gives the same files.
+All else is a failure: another exception, a warning, other numbers, a crash, half a minute, more
+memory, or a trace of the code that some files hold. The same seed gives the same files.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import signal
 import struct
 import sys
 import tempfile
+import warnings
 import zipfile
 from io import BytesIO
 
@@ -504,10 +505,13 @@ def mutate(name, data, content, rng, canary):
 def outcome(name, path, whole):
     """Load a file in this process and judge it: (outcome, what is told of it)."""
     try:
-        with contextlib.redirect_stdout(None):
+        with warnings.catch_warnings(record=True) as shown, contextlib.redirect_stdout(None):
+            warnings.simplefilter("always")  # each would be another line
             tensors, rest = load(name, path)
+        if shown:
+            return "FAILED: lines", str(shown[0].message)
     except UserError as error:
-        told = str(error)
+        told = "\n".join([str(error), *(str(warning.message) for warning in shown)])
         return ("refused" if told.isprintable() else "FAILED: lines"), told
     except BaseException as error:
         return "FAILED: traceback", f"{type(error).__name__}: {error}"[:300]
@@ -566,7 +570,9 @@ def fuzz(count, seed=0, only=None, show=print):
             rng = random.Random(f"{seed} {name} {number}")
             with open(files[name], "rb") as file:
                 data = file.read()
-            kind, damaged = mutate(name, data, contents.get(name), rng, canary)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd tensors
+                kind, damaged = mutate(name, data, contents.get(name), rng, canary)
             with open(files[name], "wb") as file:
                 file.write(damaged)
             verdict, told, grown = judge(name, files[name], whole[name])
