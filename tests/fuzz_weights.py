@@ -217,12 +217,11 @@ def written_in(name, path):
         found = torch.load(path, weights_only=True, mmap=mapped)
     if name == "checkpoint":
         return flat(found.pop("state")) | {"generator": found["generator"]}
-    found = (
-        found.get("generator_ema", found.get("generator", found)) if name != "latents" else found
-    )
     if name in ("causvid", "self_forcing"):
+        found = found.get("generator_ema", found.get("generator", found))
         found = {wan.released_name(key): tensor for key, tensor in found.items()}
     if "embedding" in name:
+        found = {"text": found} if torch.is_tensor(found) else found
         text = next(tensor for key, tensor in found.items() if key != "null")
         null = found.get("null", torch.zeros_like(text))
         found = {"text": text.flatten(0, -2), "null": null.flatten(0, -2)}
