@@ -233,7 +233,7 @@ def test_files_of_two_experts_beside_each_other_are_refused(tmp_path):
     assert "two experts of Wan 2.2" in refused(tmp_path / "a_low_noise.safetensors")
 
 
-@pytest.mark.parametrize("name", ["low_noise", "transformer", "high_noise_model"])
+@pytest.mark.parametrize("name", ["low_noise", "transformer", "high_noise_model", "model"])
 def test_a_folders_name_alone_says_nothing(tmp_path, name):
     for outer in ("a", "low_noise", "high_noise"):
         (tmp_path / outer / name).mkdir(parents=True)
