@@ -106,7 +106,7 @@ def test_the_command_line_is_one_that_a_shell_takes(monkeypatch):
 
 def test_names_from_a_file_do_not_break_the_line(path):
     save_weights(
-        path, tiny_model().state_dict() | {"a\n\x1b[31m": torch.ones(1)}, ModelConfig(**TINY)
+        path, tiny_model().state_dict() | {"a\x1b[31m\n": torch.ones(1)}, ModelConfig(**TINY)
     )
     with pytest.raises(UserError) as raised:
         load_model(DiT, path)
