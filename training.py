@@ -22,8 +22,10 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from tqdm import tqdm
 
+import distributed
 import flags
 import weights
+from launch import RANK, WORLD
 from model import ModelConfig
 from weights import ROOT, UserError, command_line, load_pickled, provenance, reason, written
 
@@ -124,6 +126,7 @@ def lock(out):
 def start_run(args):
     """Check the flags of `training_parser`, make the output folder and seed torch: a `Run`.
     Raises UserError for values that no run can have, and for a folder that holds a run already."""
+    distributed.start()
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     path, settings = os.path.join(args.out, "checkpoint.pt"), read_settings(args)
     if args.resume and os.path.exists(path):
@@ -141,7 +144,8 @@ def start_run(args):
             "or choose another --out"
         )
     weights.make_folder(args.out)
-    lock(os.path.realpath(args.out))
+    if RANK == 0:
+        lock(os.path.realpath(args.out))
     for left in glob.glob(os.path.join(glob.escape(args.out), ".checkpoint.pt.*.tmp")):
         os.remove(left)  # of a process that was killed while it wrote
     torch.manual_seed(args.seed)
@@ -235,10 +239,11 @@ class Muon(torch.optim.AdamW):
                     state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 p.grad.lerp_(state["momentum"], group["momentum"])  # Nesterov: look one step ahead
-            update = orthogonal(torch.stack([p.grad.flatten(1) for p in matrices]))
+            whole = torch.stack([distributed.whole(p.grad).flatten(1) for p in matrices])
+            update = distributed.by_rows(orthogonal)(whole)  # of many processes each does a part
             update = update * (0.2 * max(update.shape[1:]) ** 0.5)
             for p, change in zip(matrices, update, strict=True):
-                p.sub_(change.view(p.shape), alpha=group["lr"])
+                p.sub_(distributed.like(p, change.view(p.shape)), alpha=group["lr"])
                 p.grad = None  # nothing is left for AdamW
         super().step()
 
@@ -257,11 +262,13 @@ def orthogonal(x):
 def optimise(optimizer, loss, clip=1.0):
     """Take one optimiser step on a loss; -> the norm of the gradient before clipping to `clip`."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    # of many processes each has the gradient of its rows of the batch; FSDP takes their mean, and
+    # here the sum is asked for
+    (loss * WORLD).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
-    return norm
+    return distributed.whole(norm)
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -425,6 +432,7 @@ def write_trained(run, name, tensors, config, seconds, then=None, **origin):
     then: a script that samples them or goes on with them and its flags, but for the path at their
     end; this is printed last."""
     path = os.path.join(run.out, f"{name}.safetensors")
+    tensors = {name: distributed.whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
     origin = {"stage": name.replace("_", " "), "steps": run.steps, **origin}
     weights.save_weights(path, tensors, config, seconds=round(seconds), **origin)
     print(f"wrote {path}")

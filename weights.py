@@ -9,6 +9,7 @@ import contextlib
 import glob
 import hashlib
 import importlib
+import io
 import json
 import os
 import pickle
@@ -71,7 +72,11 @@ def summary(tensors):
 @contextlib.contextmanager
 def written(path):
     """Open a binary file under a temporary name that becomes `path` when all of it is written.
-    After an error nothing is left of it. Raises UserError if it cannot be written."""
+    After an error nothing is left of it. Raises UserError if it cannot be written.
+    Of many processes the first one writes."""
+    if launch.RANK:
+        yield io.BytesIO()
+        return
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name[:40]}.{token_hex(4)}.tmp")
     try:
