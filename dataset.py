@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from data import sample_clips
+from distributed import first_alone
 from training import read_saved
 from weights import UserError, check_stored, is_plain, written
 
@@ -45,6 +46,7 @@ def read_kept(path, kinds):
     return kept
 
 
+@first_alone()  # of many processes one makes it
 def kept_in(path, kinds, told, count, make):
     """Read what the file `path` keeps, see `read_kept`; if it is not there it is made in `count`
     parts.

@@ -55,7 +55,7 @@ def any_of(flag):
     """Whether a flag is set in any of the processes."""
     if WORLD == 1:
         return bool(flag)
-    flags = torch.tensor(float(flag))
+    flags = torch.tensor(float(bool(flag)))
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, patient())
     return flags.item() > 0
 
@@ -70,21 +70,28 @@ def own_rows(x):
     return x[torch.arange(RANK * rows, (RANK + 1) * rows, device=x.device).clamp(max=len(x) - 1)]
 
 
+def every(mine):
+    """Join what each process has: [n, ...] -> [WORLD n, ...]."""
+    if WORLD == 1:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, mine.contiguous())
+    return torch.cat(parts)
+
+
 class Gather(torch.autograd.Function):
     """Everyone's rows, of which `count` are a batch: [B / WORLD, ...] -> [B, ...]."""
 
     @staticmethod
     def forward(ctx, mine, count):
         ctx.rows = len(mine)
-        every = [torch.empty_like(mine) for _ in range(WORLD)]
-        torch.distributed.all_gather(every, mine.contiguous())
-        return torch.cat(every)[:count]
+        return every(mine)[:count]
 
     @staticmethod
     def backward(ctx, gradient):
-        every = gradient.new_zeros(WORLD * ctx.rows, *gradient.shape[1:])
-        every[: len(gradient)] = gradient
-        return every[RANK * ctx.rows : (RANK + 1) * ctx.rows], None
+        padded = gradient.new_zeros(WORLD * ctx.rows, *gradient.shape[1:])
+        padded[: len(gradient)] = gradient
+        return padded[RANK * ctx.rows : (RANK + 1) * ctx.rows], None
 
 
 def by_rows(function):
@@ -169,6 +176,11 @@ def share_out(state, others):
 def whole(tensor):
     """The whole of a tensor of which this process may hold a shard."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor):
+    """This process's shard of a tensor that may have shards."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def like(shards, tensor):

@@ -389,6 +389,10 @@ def training_parser(description, steps, batch_size, lr, out):
     device_flags(parser)
     told = "fuse the networks with torch.compile, which takes a minute and a C++ compiler"
     add("--compile", action="store_true", help=told)
+    told = "parts of a batch, made one after the other, whose gradients add up: less memory"
+    add("--accumulate", type=whole(1, 10**6), default=1, help=told)
+    told = "compute activations again in the backward pass: less memory, a third more time"
+    add("--recompute", action="store_true", help=told)
     return parser
 
 

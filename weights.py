@@ -70,10 +70,10 @@ def summary(tensors):
 
 
 @contextlib.contextmanager
-def written(path):
+def written(path, before=None):
     """Open a binary file under a temporary name that becomes `path` when all of it is written.
     After an error nothing is left of it. Raises UserError if it cannot be written.
-    Of many processes the first one writes."""
+    before: a name that the file keeps which was there. Of many processes the first one writes."""
     if launch.RANK:
         yield io.BytesIO()
         return
@@ -83,6 +83,8 @@ def written(path):
         os.makedirs(folder or ".", exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
+        if before and os.path.exists(path):
+            keep(path, before)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -90,6 +92,16 @@ def written(path):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def keep(path, before):
+    """Give a file a second name, so that at any moment there is a file of the first."""
+    link = os.path.join(os.path.dirname(path), f".{os.path.basename(before)}.{token_hex(4)}.tmp")
+    try:
+        os.link(path, link)
+        os.replace(link, before)
+    except OSError:  # a file system without links
+        os.replace(path, before)
 
 
 def file_hash(*paths):
