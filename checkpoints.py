@@ -13,13 +13,13 @@ import os
 import pickle
 import shutil
 import warnings
+from launch import RANK, WORLD
 
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import distributed
-from launch import RANK, WORLD
 from weights import UserError, file_hash, load_pickled, reason, written
 
 NAMES = "checkpoint.pt", "checkpoint.before.pt"
@@ -98,7 +98,7 @@ def check_hash(path):
 
 
 def mend(out):
-    """Put the checkpoint before the last in the place of the last if that is damaged, and say so."""
+    """If the last checkpoint is damaged, put the one before it in its place, and say so."""
     last, before = (os.path.join(out, name) for name in NAMES)
     if RANK or not os.path.exists(before):
         return
@@ -153,7 +153,7 @@ def load_part(part, saved):
 
 # ----------------------------------------------------------------------------- shards in a folder
 def tensors_of(state):
-    """All tensors of networks, averages and optimisers, by names: "part/name" or "part/3.momentum"."""
+    """All tensors of networks, averages and optimisers: "part/name" or "part/3.momentum" -> v."""
     found = {}
     for part, thing in state.items():
         entries = thing.state_dict()

@@ -9,15 +9,14 @@ holds a shard of the weights, gradients, averages and optimiser state (FSDP2).
 import contextlib
 import functools
 import os
-import pickle
 import warnings
+from launch import RANK, WORLD
 from datetime import timedelta
 
 import torch
 from torch import nn
 
-from launch import RANK, WORLD
-from weights import UserError, file_hash, reason
+from weights import UserError
 
 
 # -------------------------------------------------------------------------------- the processes

@@ -50,7 +50,7 @@ def run_main(main):
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed
         stream.reconfigure(errors="backslashreplace")  # a terminal may not have every letter
     if RANK:  # the first process speaks for all
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C does, where nothing else takes them
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), signal.default_int_handler)

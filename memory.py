@@ -5,23 +5,18 @@ import functools
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from weights import UserError
-
 
 # ------------------------------------------------------------------------- activation checkpointing
 class Past:
     """A chunk's past in a cache that has moved on since, to compute the chunk a second time."""
 
     def __init__(self, cache):
-        self.cache, self.evicted = cache, cache.evicted
-        self.end = cache.frames * cache.tokens
+        end = cache.frames * cache.tokens
+        self.k, self.v = cache.k[:, :, :end], cache.v[:, :, :end]
 
     def put(self, layer, k, v):
         """`KVCache.put`, but the new keys and values are not kept: a clean pass writes them."""
-        if self.cache.evicted != self.evicted:
-            raise UserError("--recompute needs a --window that holds a whole clip")
-        past = (kept[layer, :, : self.end] for kept in (self.cache.k, self.cache.v))
-        return tuple(torch.cat([old, new], dim=1) for old, new in zip(past, (k, v), strict=True))
+        return torch.cat([self.k[layer], k], dim=1), torch.cat([self.v[layer], v], dim=1)
 
 
 def recompute(network):

@@ -17,6 +17,7 @@ import shutil
 import signal
 import time
 import warnings
+from launch import RANK, WORLD
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -28,7 +29,6 @@ import flags
 import memory
 import weights
 from checkpoints import load_checkpoint, read_saved, save_checkpoint
-from launch import RANK, WORLD
 from model import ModelConfig
 from weights import ROOT, UserError, command_line, provenance, reason, written
 
@@ -87,7 +87,17 @@ class Run:
 
 
 # what --resume may change; a run that changed anything else would be a mixture of two
-CHANGEABLE = ("steps", "lr", "save_every", "minutes", "device", "dtype", "threads", "compile", "recompute")
+CHANGEABLE = (
+    "steps",
+    "lr",
+    "save_every",
+    "minutes",
+    "device",
+    "dtype",
+    "threads",
+    "compile",
+    "recompute",
+)
 
 
 def read_settings(args):
@@ -362,19 +372,25 @@ def add_up(step, state, parts):
     return whole_step
 
 
+def prepare(run, state, others):
+    """Let networks keep fewer activations, and share them out over the processes, where asked."""
+    if run.recompute:
+        for part in state.values():
+            memory.recompute(part)
+    distributed.share_out(state, others)
+
+
 def train(run, state, step, sheet, others=(), warmup=50):
     """Run `step(i, generator) -> numbers to log` for i = 0 .. run.steps - 1, or what is left of it.
 
     state: name -> network, optimiser or EMA, all that a checkpoint must hold. The learning rates
     rise over `warmup` steps and fall to 0 along a cosine. sheet(path) -> numbers to log: draws and
-    measures samples, at every checkpoint. others: networks that are not trained. Returns the seconds that the run took, or None if it was
-    stopped before its last step (--minutes, Ctrl-C). Raises UserError, before anything is written,
-    if a number is not finite: `step` returns each loss or the norm of its gradient.
+    measures samples, at every checkpoint. others: networks that are not trained, but shared out.
+    Returns the seconds that the run took, or None if it was stopped before its last step
+    (--minutes, Ctrl-C). Raises UserError, before anything is written, if a number is not finite:
+    `step` returns each loss or the norm of its gradient.
     """
-    if run.recompute:
-        for part in state.values():
-            memory.recompute(part)
-    distributed.share_out(state, others)
+    prepare(run, state, others)
     step = add_up(step, state, run.accumulate) if run.accumulate > 1 else step
     generator = torch.Generator().manual_seed(run.seed)  # on the CPU: the same on every device
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]

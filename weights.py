@@ -124,7 +124,10 @@ def file_hash(*paths):
 # --------------------------------------------------------------------------------- weights files
 def command_line():
     """Say what was typed to start this script, as a shell takes it."""
-    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    start = ["python"]
+    if launch.WORLD > 1:
+        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return shlex.join([*start, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def provenance():

@@ -17,7 +17,6 @@ from conftest import generator
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-import distributed
 import training
 from data import FRAMES, sample_clips
 from dataset import LatentClips, training_clips
@@ -96,7 +95,7 @@ def train_tiny(command, out="out", steps=STEPS, seconds=1.0):
     def train(run, state, step, sheet, others=()):
         caught.run, caught.state, caught.step, caught.sheet = run, state, step, sheet
         caught.start = copy.deepcopy(without_optimizers(state))
-        distributed.share_out(state, others)
+        training.prepare(run, state, others)
         g = generator(run.seed)
         caught.numbers = [step(i, g) for i in steps]
         caught.drawn = g.get_state()
@@ -415,6 +414,11 @@ STAGES = {
     "action teacher": (f"nfd_teacher {WEIGHTS} {WALKS}", action_teacher_by_hand),
     "player": (f"nfd_consistency {PLAYER} {WALKS}", player_by_hand),
 }
+
+
+# the commands, and one that computes its activations twice, with the same numbers as "rollout"
+WAYS = {name: command for name, (command, _) in STAGES.items()}
+WAYS["recomputed"] = f"{DMD} --rollout self --recompute"
 
 
 def by_hand(build, start):

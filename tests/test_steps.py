@@ -11,17 +11,16 @@ import torch
 from conftest import TINY, generator, tiny_action_model, tiny_model, tiny_vae
 from steps import (
     LR,
-    PROMPTS,
     STAGES,
-    STATES,
     TIMES,
     WINDOW,
-    T,
     by_hand,
+    few_clips,
     load,
     normal,
     on_tiny_networks,
     train_tiny,
+    trajectories,
     weights_of,
     without_optimizers,
 )
@@ -31,7 +30,7 @@ import training
 from data import sample_clips
 from model import DiT
 from text import TextEncoder
-from vae import VAE, VAEConfig
+from vae import VAE
 from weights import load_model, read_weights, save_weights
 
 
