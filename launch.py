@@ -6,6 +6,7 @@ torch takes. Whoever else imports it keeps Python's own way to end.
 
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -63,6 +64,8 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:  # torch raises the second
+        if WORLD > 1 and re.search("peer|gloo|NCCL|timed out", str(error)):
+            fail("another process has ended or does not answer; --resume goes on without loss")
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         fail("out of memory; a smaller batch, fewer clips or a smaller model may fit")

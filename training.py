@@ -78,10 +78,13 @@ class Run:
     compile: bool
     accumulate: int = 1  # parts of a batch, whose gradients add up; batch_size is that of a part
     recompute: bool = False
+    dry_run: int | None = None  # processes of a run of which only the memory is counted
     settings: dict = field(default_factory=dict)  # all flags, as a checkpoint keeps them
 
     def autocast(self):
         """bf16 autocast where the run's dtype is bf16; weights and optimiser stay in float32."""
+        if self.dry_run:
+            return memory.Planning.on.autocast(self.dtype)
         on = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=on)
 
@@ -102,7 +105,7 @@ CHANGEABLE = (
 
 def read_settings(args):
     """All flags but --out and --resume, as a checkpoint keeps them: a file by its contents."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "dry_run")}
     for name, value in settings.items():
         if isinstance(value, str) and os.path.isfile(value):
             settings[name] = f"with contents {weights.file_hash(value)}"
@@ -142,17 +145,31 @@ def lock(out):
 
 def check_split(args):
     """Raise UserError for a batch that does not split over the processes and parts of it."""
-    if args.batch_size % (WORLD * args.accumulate):
-        over = f"{WORLD} processes" + f" and --accumulate {args.accumulate}"
+    processes = args.dry_run or WORLD
+    if args.batch_size % (processes * args.accumulate):
+        over = f"{processes} processes and --accumulate {args.accumulate}"
         raise UserError(f"--batch-size {args.batch_size} does not split over {over}")
     if WORLD > 1 and args.compile:
         raise UserError("--compile works in one process only")
+    if args.dry_run and (WORLD > 1 or args.compile or args.resume):
+        raise UserError("--dry-run goes without torchrun, --compile and --resume")
+
+
+def plan_run(args):
+    """Begin a dry run, which writes nothing: a `Run` of a process's share of the batch."""
+    dtype = {"bfloat16": torch.bfloat16}.get(args.dtype, torch.float32)
+    values = vars(args) | {"device": torch.device("meta"), "dtype": dtype, "settings": {}}
+    values["batch_size"] //= args.accumulate * args.dry_run
+    memory.plan()
+    return Run(**{field.name: values[field.name] for field in fields(Run)})
 
 
 def start_run(args):
     """Check the flags of `training_parser`, make the output folder and seed torch: a `Run`.
     Raises UserError for values that no run can have, and for a folder that holds a run already."""
     check_split(args)
+    if args.dry_run:
+        return plan_run(args)
     distributed.start()
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     path, settings = os.path.join(args.out, "checkpoint.pt"), read_settings(args)
@@ -242,7 +259,9 @@ class EMA:
 
 def adamw(parameters, lr, betas=(0.9, 0.99)):
     """AdamW without weight decay; gradients are clipped by `optimise`."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    parameters = list(parameters)
+    fused = not parameters[0].is_meta  # a dry run has none
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=fused)
 
 
 class Muon(torch.optim.AdamW):
@@ -259,7 +278,8 @@ class Muon(torch.optim.AdamW):
         matrices = [p for p in hidden if p.ndim > 1]
         mine = {id(p) for p in matrices}
         others = [p for p in parameters if id(p) not in mine]
-        super().__init__(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        fused = not others[0].is_meta  # a dry run has none
+        super().__init__(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         self.add_param_group({"params": matrices, "momentum": momentum})
 
     @torch.no_grad()
@@ -391,6 +411,9 @@ def train(run, state, step, sheet, others=(), warmup=50):
     `step` returns each loss or the norm of its gradient.
     """
     prepare(run, state, others)
+    if run.dry_run:
+        memory.report(run, state, others, step)
+        return None
     step = add_up(step, state, run.accumulate) if run.accumulate > 1 else step
     generator = torch.Generator().manual_seed(run.seed)  # on the CPU: the same on every device
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
@@ -472,7 +495,8 @@ def write_trained(run, name, tensors, config, seconds, then=None, **origin):
     path = os.path.join(run.out, f"{name}.safetensors")
     tensors = {name: distributed.whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
     origin = {"stage": name.replace("_", " "), "steps": run.steps, **origin}
-    weights.save_weights(path, tensors, config, seconds=round(seconds), **origin)
+    with distributed.first_alone():
+        weights.save_weights(path, tensors, config, seconds=round(seconds), **origin)
     print(f"wrote {path}")
     if then:
         print(f"next: python {then} {shlex.quote(path)}")

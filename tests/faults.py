@@ -1,0 +1,240 @@
+"""Kill trainings, fill their disk and damage what they save: what is lost, and what is said.
+
+python tests/faults.py [FOLDER]     takes some minutes; ends with status 1 if a claim fails
+
+On the smallest teacher, with random latents for clips. A run of one process, and one of two, is
+killed twenty times (kill -9) at random moments and resumed; its weights must be those of a run
+that nothing happened to, bit for bit.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
+STEPS, EVERY, KILLS = 150, 3, 20
+# teacher.py on random latents, without sheets, and slow enough to be killed in the midst of a step
+SCRIPT = f"""
+import os, sys, time
+sys.path[:0] = [{TESTS!r}, {ROOT!r}]
+sys.argv[0] = os.path.join({ROOT!r}, "teacher.py")
+import launch, steps, teacher, training
+inner = training.optimise
+def slow(optimizer, loss, clip=1.0):
+    time.sleep(0.05)
+    bad = os.environ.get("NAN_RANK") == str(launch.RANK)
+    return inner(optimizer, loss * float("nan") if bad else loss, clip)
+training.optimise = slow
+with steps.on_tiny_networks("."):
+    teacher.fixed_sheet = lambda *_, **__: {{}}
+    launch.run_main(teacher.main)
+"""
+FLAGS = (
+    f"--config tiny.json --vae vae.safetensors --clips 4 --steps {STEPS} --save-every {EVERY} "
+    "--batch-size 2 --dtype float32 --threads 1 --device cpu"
+)
+
+
+def start(out, processes=1, *more, **environment):
+    """Start a training in a process group of its own."""
+    command = [sys.executable, "script.py"]
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *launch, "--master-port", "0", "script.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command += [*FLAGS.split(), "--out", out, *more]
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def end(process):
+    """Wait for a training: (status, what it said)."""
+    said = process.communicate(timeout=120)[0]
+    return process.returncode, said
+
+
+def done(out):
+    """How many steps the last checkpoint of a run has."""
+    path = os.path.join(out, "checkpoint.pt")
+    return torch.load(path, weights_only=True)["step"] if os.path.exists(path) else 0
+
+
+def logged(out):
+    """The last step in a run's log."""
+    with open(os.path.join(out, "log.jsonl")) as file:
+        return max([json.loads(line)["step"] for line in file if line.endswith("\n")], default=0)
+
+
+def workers(process):
+    """The process ids of the workers that torchrun started."""
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    with open(children) as file:
+        return [int(pid) for pid in file.read().split()]
+
+
+def kill(process):
+    """Kill a training and its workers at once: whether it was still running."""
+    if process.poll() is None:
+        for pid in [*workers(process), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def check(claim, holds, told=""):
+    print(
+        ("holds:  " if holds else "FAILS:  ") + claim + (f"  ({told})" if told else ""), flush=True
+    )
+    failed.append(claim) if not holds else None
+
+
+def same(one, other):
+    """Whether two runs wrote the same weights."""
+    files = [os.path.join(out, "teacher.safetensors") for out in (one, other)]
+    contents = []
+    for path in files:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            file.seek(8 + size)  # the header tells when and how
+            contents.append(file.read())
+    return contents[0] == contents[1]
+
+
+def kill_often(name, processes, kills):
+    """Kill a run again and again until it has been killed `kills` times, and let it end."""
+    lost, moments, begin, killed = [], random.Random(0), time.time(), 0
+    while killed < kills and done(name) < STEPS:
+        more = ["--resume"] if os.path.isdir(name) else []
+        before = done(name) if more else 0
+        process = start(name, processes, *more)
+        target = max(before, 0) + moments.randint(0, 2)
+        while process.poll() is None and (not os.path.isdir(name) or done(name) < target):
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 0.3))
+        killed += kill(process)
+        lost.append(done(name) - before)
+    status, said = end(start(name, processes, "--resume"))
+    what = f"{killed} kills in {time.time() - begin:.0f} s; steps kept between kills: {lost}"
+    check(
+        f"{name}: goes on after every kill -9",
+        status == 0 and killed == kills and min(lost) >= 0,
+        what,
+    )
+    if status:
+        print(said[-1500:])
+    check(f"{name}: ends in the undisturbed run's weights", status == 0 and same(name, "whole"))
+    left = [n for n in os.listdir(name) if n.endswith(".tmp")]
+    check(f"{name}: leaves no half-written file", not left, str(left))
+
+
+def damage(name, change):
+    """Damage the last checkpoint of a stopped run, and resume it."""
+    shutil.copytree("stopped", name)
+    path = os.path.join(name, "checkpoint.pt")
+    with open(path, "rb") as file:
+        content = file.read()
+    with open(path, "wb") as file:
+        file.write(change(content))
+    status, said = end(start(name, 1, "--resume"))
+    told = [line for line in said.splitlines() if "the one before" in line]
+    check(f"a checkpoint that was {name}: the one before is used", status == 0, str(told))
+    check(f"a checkpoint that was {name}: one line says so", len(told) == 1)
+    check(f"a checkpoint that was {name}: the same weights", status == 0 and same(name, "whole"))
+
+
+def flip(content):
+    changed = bytearray(content)
+    changed[len(changed) // 2] ^= 1
+    return bytes(changed)
+
+
+def stop(name, processes):
+    """Send SIGTERM to a run after its first checkpoint: (status of its process, what it said)."""
+    process = start(name, processes)
+    while process.poll() is None and done(name) < EVERY:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGTERM)
+    return end(process)
+
+
+def main():
+    print(f"torch {torch.__version__}, in {os.getcwd()}", flush=True)
+    status, said = end(start("whole"))
+    check("a run that nothing happens to ends", status == 0, said[-300:] if status else "")
+    kill_often("killed", 1, KILLS)
+    kill_often("killed by two", 2, KILLS // 5)
+
+    status, said = stop("stopped", 1)
+    kept = done("stopped")
+    check("SIGTERM saves and ends with status 0", status == 0 and kept % EVERY, f"{kept} steps")
+    damage("cut", lambda content: content[: len(content) // 2])
+    damage("flipped", flip)
+
+    status, said = stop("two stopped", 2)
+    kept = done("two stopped")
+    check(
+        "SIGTERM to torchrun saves", "stopped after step" in said and kept % EVERY, f"{kept} steps"
+    )
+
+    process = start("busy")
+    while process.poll() is None and not os.path.exists("busy/log.jsonl"):
+        time.sleep(0.02)
+    status, said = end(start("busy"))
+    check("two runs into one folder are refused", status == 2, said.strip().splitlines()[-1])
+    kill(process)
+    status, said = end(start("busy", 1, "--resume", "--seed", "1"))
+    check(
+        "--resume with other settings says which", "--seed" in said, said.strip().splitlines()[-1]
+    )
+
+    begin = time.time()
+    status, said = end(start("nan", 2, NAN_RANK="1"))
+    told = [line for line in said.splitlines() if "failed at step" in line]
+    check(
+        "one process's NaN stops all",
+        status != 0 and told,
+        f"{time.time() - begin:.0f} s, {told[:1]}",
+    )
+
+    process = start("dead", 2)
+    while process.poll() is None and done("dead") < EVERY:
+        time.sleep(0.02)
+    begin, (_, victim) = time.time(), workers(process)
+    os.kill(victim, signal.SIGKILL)
+    status, said = end(process)
+    told = [line for line in said.splitlines() if re.search("another process|Signal 9", line)]
+    spent = time.time() - begin
+    check(
+        "one dead process ends all in a minute", status and spent < 60, f"{spent:.0f} s, {told[:2]}"
+    )
+
+
+if __name__ == "__main__":
+    failed, folder = [], sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
+    sys.path[:0] = [TESTS, ROOT]
+    from conftest import TINY, tiny_vae
+
+    from weights import save_weights
+
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+    vae = tiny_vae()
+    save_weights("vae.safetensors", vae.state_dict(), vae.config)
+    for name, text in {"tiny.json": json.dumps(TINY), "script.py": SCRIPT}.items():
+        with open(name, "w") as file:
+            file.write(text)
+    main()
+    print(f"{len(failed)} claims fail" if failed else "all claims hold")
+    sys.exit(bool(failed))
