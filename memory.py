@@ -52,16 +52,14 @@ class Planning(TorchFunctionMode):
     on = None  # the one that is at work
     products = (F.linear, F.conv1d, torch.conv1d, F.conv2d, torch.conv2d, torch.matmul)
 
-    def __init__(self):
+    def __init__(self, dtype):
         super().__init__()
-        self.dtype, self.casts = torch.float32, {}
+        self.dtype, self.casts = dtype, {}
 
     @contextlib.contextmanager
-    def autocast(self, dtype):
+    def autocast(self):
         """Stand in for torch.autocast, which the meta device does not have."""
-        self.dtype = dtype
         yield
-        self.dtype = torch.float32
         self.casts.clear()
 
     def cast(self, x):
@@ -125,10 +123,10 @@ def size_of(tensors):
     return sum(v.numel() * v.element_size() for v in tensors if torch.is_tensor(v))
 
 
-def plan():
+def plan(dtype):
     """Begin a dry run: what this process makes from now on has shapes and no numbers."""
     warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
-    Planning.on = Planning()
+    Planning.on = Planning(dtype)
     Planning.on.__enter__()
 
 
@@ -147,7 +145,7 @@ def count_step(state, others, step, steps):
 
     KVCache.__init__ = remember
     with Ledger() as ledger:
-        for i in sorted({0, 1, steps // 2, steps // 2 + 1, steps - 1}):
+        for i in sorted({0, 1, steps - 1}):
             step(i, generator)
     KVCache.__init__ = made
     states = [v for o in optimizers for values in o.state.values() for v in values.values()]

@@ -84,7 +84,7 @@ class Run:
     def autocast(self):
         """bf16 autocast where the run's dtype is bf16; weights and optimiser stay in float32."""
         if self.dry_run:
-            return memory.Planning.on.autocast(self.dtype)
+            return memory.Planning.on.autocast()
         on = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=on)
 
@@ -160,7 +160,7 @@ def plan_run(args):
     dtype = {"bfloat16": torch.bfloat16}.get(args.dtype, torch.float32)
     values = vars(args) | {"device": torch.device("meta"), "dtype": dtype, "settings": {}}
     values["batch_size"] //= args.accumulate * args.dry_run
-    memory.plan()
+    memory.plan(dtype)
     return Run(**{field.name: values[field.name] for field in fields(Run)})
 
 

@@ -7,6 +7,7 @@ killed twenty times (kill -9) at random moments and resumed; its weights must be
 that nothing happened to, bit for bit.
 """
 
+import contextlib
 import json
 import os
 import random
