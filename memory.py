@@ -28,6 +28,11 @@ class Past:
         return torch.cat([self.k[layer], k], dim=1), torch.cat([self.v[layer], v], dim=1)
 
 
+def recompute_in_plan():
+    """The contexts of a block's first and second computation in a dry run."""
+    return contextlib.nullcontext(), Planning.on
+
+
 def recompute(network):
     """Keep only the input of each block of a network's transformer, where gradients flow, and
     compute what is inside again when they arrive there (activation checkpointing)."""
@@ -37,6 +42,8 @@ def recompute(network):
             return forward(x, time, keys, remember, cache=cache, **attention)
         past = None if cache is None else Past(cache)
         how = {"use_reentrant": False, "preserve_rng_state": False}
+        if Planning.on:  # autograd leaves its ways aside
+            how["context_fn"] = recompute_in_plan
         return checkpoint(forward, x, time, keys, remember, cache=past, **attention, **how)
 
     for module in network.modules() if isinstance(network, torch.nn.Module) else ():
@@ -79,9 +86,6 @@ class Planning(TorchFunctionMode):
             return function(*args, **kwargs | {"device": "meta"})
         if not (args and torch.is_tensor(args[0]) and args[0].is_meta):
             return function(*args, **kwargs)
-        if function is torch.Tensor.backward:  # in which blocks may be computed again
-            with self:
-                return torch.autograd.backward(args[0])
         if function is torch.Tensor.cpu:
             return torch.zeros(args[0].shape)
         if function is torch.Tensor.to and "cpu" in args:
