@@ -8,6 +8,7 @@ that nothing happened to, bit for bit.
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -64,16 +65,15 @@ def end(process):
     return process.returncode, said
 
 
+@functools.lru_cache(1)
+def read_step(path, changed):
+    return torch.load(path, weights_only=True)["step"]
+
+
 def done(out):
     """How many steps the last checkpoint of a run has."""
     path = os.path.join(out, "checkpoint.pt")
-    return torch.load(path, weights_only=True)["step"] if os.path.exists(path) else 0
-
-
-def logged(out):
-    """The last step in a run's log."""
-    with open(os.path.join(out, "log.jsonl")) as file:
-        return max([json.loads(line)["step"] for line in file if line.endswith("\n")], default=0)
+    return read_step(path, os.stat(path).st_mtime_ns) if os.path.exists(path) else 0
 
 
 def workers(process):
@@ -119,12 +119,13 @@ def kill_often(name, processes, kills):
         more = ["--resume"] if os.path.isdir(name) else []
         before = done(name) if more else 0
         process = start(name, processes, *more)
-        target = max(before, 0) + moments.randint(0, 2)
+        target = before + moments.randint(0, 2)
         while process.poll() is None and (not os.path.isdir(name) or done(name) < target):
-            time.sleep(0.02)
+            time.sleep(0.1)
         time.sleep(moments.uniform(0, 0.3))
         killed += kill(process)
         lost.append(done(name) - before)
+        print(f"{name}: {killed} kills, {done(name)} steps", flush=True)
     status, said = end(start(name, processes, "--resume"))
     what = f"{killed} kills in {time.time() - begin:.0f} s; steps kept between kills: {lost}"
     check(
@@ -164,7 +165,7 @@ def stop(name, processes):
     """Send SIGTERM to a run after its first checkpoint: (status of its process, what it said)."""
     process = start(name, processes)
     while process.poll() is None and done(name) < EVERY:
-        time.sleep(0.02)
+        time.sleep(0.1)
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGTERM)
     return end(process)
@@ -191,7 +192,7 @@ def main():
 
     process = start("busy")
     while process.poll() is None and not os.path.exists("busy/log.jsonl"):
-        time.sleep(0.02)
+        time.sleep(0.1)
     status, said = end(start("busy"))
     check("two runs into one folder are refused", status == 2, said.strip().splitlines()[-1])
     kill(process)
@@ -211,7 +212,7 @@ def main():
 
     process = start("dead", 2)
     while process.poll() is None and done("dead") < EVERY:
-        time.sleep(0.02)
+        time.sleep(0.1)
     begin, (_, victim) = time.time(), workers(process)
     os.kill(victim, signal.SIGKILL)
     status, said = end(process)

@@ -95,8 +95,8 @@ def counted(script, flags):
     print("bytes", sum(kept[0][name] for name in TRANSIENT))
 
 
-def large(script, flags, processes):
-    """Count a stage of Wan's transformer at 480p, one clip on each device: name -> bytes."""
+def large(script, flags):
+    """Count a stage of Wan's transformer at 480p, one clip on each of 1, 8 and 64 devices."""
     import wan
 
     fields, height, width = SIZES["wan-1.3b"]
@@ -123,15 +123,22 @@ def large(script, flags, processes):
         "kept_in": lambda *_: prompts,
     }
     patches = {k: v for k, v in patches.items() if hasattr(module, k)}
-    how = f"--batch-size {processes} --dry-run {processes} --recompute --dtype bfloat16"
+    how = "--batch-size 1 --dry-run --recompute --dtype bfloat16 --steps 100"
+
+    def report(run, state, others, step):
+        counted = memory.count_step(state, others, step, run.steps)
+        for processes in DEVICES:
+            row = memory.per_device(counted, state, others, processes)
+            kept.append(row | {"all": sum(row.values())})
+
     with (
         mock.patch.multiple(module, **patches),
         mock.patch("weights.check_role"),
         mock.patch("dataset.encode_clips", return_value=clips),
-        mock.patch("memory.report", lambda *args: kept.append(inner(*args))),
+        mock.patch("memory.report", report),
     ):
         main_of(script, f"{flags} {how} --out /tmp/memory_check")
-    return kept[0]
+    return kept
 
 
 def table():
@@ -144,23 +151,20 @@ def table():
         "DMD": ("dmd", "--clips 4"),
         "DMD, Self Forcing's rollout": ("dmd", "--clips 4 --rollout self"),
     }
-    header = None
+    print("| stage | devices | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (2 + len(COLUMNS)) + "|")
     for name, (script, flags) in stages.items():
-        for processes in (1, 8, 64):
-            command = [sys.executable, __file__, "row", script, flags, str(processes)]
-            said = subprocess.run(command, capture_output=True, text=True)
-            if said.returncode:
-                print(said.stderr[-2000:])
-                return
-            row = json.loads(said.stdout.splitlines()[-1])
-            row = {k: row.get(k, 0) for k in COLUMNS}
-            if header is None:
-                header = "| stage | devices | " + " | ".join(row) + " |"
-                print(header, "|" + "---|" * (2 + len(row)), sep="\n")
-            cells = " | ".join(f"{v / 2**30:.1f}" for v in row.values())
+        command = [sys.executable, __file__, "rows", script, flags]
+        said = subprocess.run(command, capture_output=True, text=True)
+        if said.returncode:
+            print(said.stderr[-2000:])
+            continue
+        for processes, row in zip(DEVICES, json.loads(said.stdout.splitlines()[-1]), strict=True):
+            cells = " | ".join(f"{row.get(k, 0) / 2**30:.1f}" for k in COLUMNS)
             print(f"| {name} | {processes} | {cells} |", flush=True)
 
 
+DEVICES = (1, 8, 64)
 COLUMNS = (
     "parameters",
     "frozen and averaged",
@@ -179,7 +183,7 @@ if __name__ == "__main__":
         sys.exit(not check())
     elif what == "table":
         table()
-    elif what == "row":
-        print(json.dumps(large(rest[0], rest[1], int(rest[2]))))
+    elif what == "rows":
+        print(json.dumps(large(*rest)))
     else:
         {"counted": counted, "measured": measured}[what](*rest)
