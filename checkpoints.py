@@ -108,7 +108,8 @@ def mend(out):
         with contextlib.suppress(UserError):
             check_hash(before)
             step = read_saved(before, "meta").get("step")
-            print(f"{reason(error)}: {out} goes on from the one before it, of step {step}")
+            told = reason(error).split(";")[0]
+            print(f"{told}: {out} goes on from the one before it, of step {step}")
             os.replace(before, last)
 
 
