@@ -17,7 +17,7 @@ def dry(command_line, tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
 
     def call(*flags):
-        return command_line(teacher, "--config", "tiny.json", "--clips", "2", *flags)
+        return command_line(teacher, "--config", "tiny.json", "--clips", "20", *flags)
 
     yield call
     if memory.Planning.on:
