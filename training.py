@@ -30,6 +30,7 @@ import memory
 import weights
 from checkpoints import load_checkpoint, read_saved, save_checkpoint
 from model import ModelConfig
+from rows import by_rows, every
 from weights import ROOT, UserError, command_line, provenance, reason, written
 
 
@@ -295,7 +296,7 @@ class Muon(torch.optim.AdamW):
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 p.grad.lerp_(state["momentum"], group["momentum"])  # Nesterov: look one step ahead
             whole = torch.stack([distributed.whole(p.grad).flatten(1) for p in matrices])
-            update = distributed.by_rows(orthogonal)(whole)  # of many processes each does a part
+            update = by_rows(orthogonal)(whole)  # of many processes each does a part
             update = update * (0.2 * max(update.shape[1:]) ** 0.5)
             for p, change in zip(matrices, update, strict=True):
                 p.sub_(distributed.like(p, change.view(p.shape)), alpha=group["lr"])
@@ -373,7 +374,7 @@ def largest(state):
     tensors = [v for part in state.values() for v in part.state_dict().values()]
     tensors = [distributed.local(v) for v in tensors if torch.is_tensor(v)]
     largest = torch.stack([v.abs().max().float() for v in tensors if v.numel()]).max()
-    return distributed.every(largest[None]).max()
+    return every(largest[None]).max()
 
 
 def add_up(step, state, parts):

@@ -51,8 +51,8 @@ def start(out, processes=1, *more, **environment):
     """Start a training in a process group of its own."""
     command = [sys.executable, "script.py"]
     if processes > 1:
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command = [sys.executable, *launch, "--master-port", "0", "script.py"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *launch, "script.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command += [*FLAGS.split(), "--out", out, *more]

@@ -15,14 +15,15 @@ from steps import WAYS, train_tiny
 from test_steps import folder  # noqa: F401
 
 import checkpoints
-import distributed
+import rows
+import shards
 import training
 from weights import UserError, read_weights
 
 RANKS = os.path.join(os.path.dirname(__file__), "ranks.py")
 # a way to train in two processes, and the one in one process whose numbers it must have
 PAIRS = {"teacher": "teacher", "dmd": "dmd", "rollout": "rollout", "recomputed": "rollout"}
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_one_process_goes_on_from_the_shards_of_two(way, plain, one, two):
     fresh = train_tiny(WAYS[plain], steps=())
     path, run = str(two / f"{way}-2" / "checkpoint.pt"), tiny_run(two / f"{way}-2", steps=10)
     assert checkpoints.load_checkpoint(path, run, fresh.state, generator()) == (10, 0.0)
-    ours, theirs = (checkpoints.tensors_of(state) for state in (fresh.state, one(plain).state))
+    ours, theirs = (shards.tensors_of(state) for state in (fresh.state, one(plain).state))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(v, theirs[k], atol=1e-4) for k, v in ours.items())
 
@@ -90,18 +91,18 @@ def test_a_damaged_shard_is_named(two, tmp_path, damage):
 def test_an_index_of_shards_runs_no_code(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(ValueError, match="getcwd"):
-        checkpoints.Reader(str(tmp_path)).read_metadata()
+        shards.Reader(str(tmp_path)).read_metadata()
 
 
 # ------------------------------------------------------------------------------- rows of a batch
 def rows_of(count, world, monkeypatch):
     """The rows that each of `world` processes takes of a batch of `count`."""
-    monkeypatch.setattr(distributed, "WORLD", world)
-    rows = []
+    monkeypatch.setattr(rows, "WORLD", world)
+    taken = []
     for rank in range(world):
-        monkeypatch.setattr(distributed, "RANK", rank)
-        rows.append(distributed.own_rows(torch.arange(count)).tolist())
-    return rows
+        monkeypatch.setattr(rows, "RANK", rank)
+        taken.append(rows.own_rows(torch.arange(count)).tolist())
+    return taken
 
 
 def test_a_batch_is_split_into_rows(monkeypatch):
