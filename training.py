@@ -11,7 +11,6 @@ import glob
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -31,34 +30,7 @@ import weights
 from checkpoints import load_checkpoint, read_saved, save_checkpoint
 from model import ModelConfig
 from rows import by_rows, every
-from weights import ROOT, UserError, command_line, provenance, reason, written
-
-
-# ------------------------------------------------------------------------------- results and docs
-def write_results(out, result, text):
-    """Print a table; write OUT.json, OUT.md and the table between its markers in docs/RESULTS.md.
-    The markers are <!-- OUT.json --> and <!-- end -->. Raises UserError if it cannot write."""
-    print(text)
-    replace_file(out + ".json", json.dumps(provenance() | result, indent=1) + "\n")
-    replace_file(out + ".md", text + "\n")
-    print(f"wrote {out}.json and {out}.md")
-    path = os.path.join(ROOT, "docs", "RESULTS.md")
-    marker = re.escape(f"<!-- {os.path.relpath(out, ROOT)}.json -->")
-    with open(path, encoding="utf-8") as file:
-        before = file.read()
-
-    def filled(match):
-        return f"{match[1]}{text}\n{match[2]}"
-
-    after = re.sub(rf"({marker}\n).*?(<!-- end -->)", filled, before, flags=re.S)
-    if after != before:
-        replace_file(path, after)
-
-
-def replace_file(path, content):
-    """Write a text file: all of it, or nothing and a UserError."""
-    with written(path) as file:
-        file.write(content.encode())
+from weights import UserError, command_line, reason, replace_file
 
 
 # -------------------------------------------------------------------------------- flags and a run

@@ -104,6 +104,12 @@ def keep(path, before):
         os.replace(path, before)
 
 
+def replace_file(path, content):
+    """Write a text file: all of it, or nothing and a UserError."""
+    with written(path) as file:
+        file.write(content.encode())
+
+
 def file_hash(*paths):
     """Hash the contents of files: 8 hexadecimal digits."""
     key = hashlib.sha256()

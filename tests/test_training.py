@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import full_disk, tiny_run
 
+import evaluate
 import flags
-import training
 from checkpoints import check_hash, mend
+from evaluate import write_results
 from model import ModelConfig
 from text import TextConfig
 from training import (
@@ -22,7 +23,6 @@ from training import (
     read_config,
     start_run,
     train,
-    write_results,
     write_trained,
 )
 from weights import UserError
@@ -480,7 +480,7 @@ def test_chunk_window_and_steps_of_less_than_1_are_refused(given):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder whose docs/RESULTS.md has two places for tables, one of which has been filled."""
-    monkeypatch.setattr(training, "ROOT", str(tmp_path))
+    monkeypatch.setattr(evaluate, "ROOT", str(tmp_path))
     (tmp_path / "docs").mkdir()
     page = "before\n<!-- results/speed.json -->\nold\nrows\n<!-- end -->\nbetween\n"
     page += "<!-- results/other.json -->\n<!-- end -->\n"
