@@ -146,8 +146,6 @@ class KVCache:
         evicted = self.frames - (self.window - 1) * self.chunk
         if evicted > 0:
             old, new = evicted * self.tokens, self.frames * self.tokens
-            if torch.is_grad_enabled():  # what a backward pass may read again stays what it is
-                self.k, self.v = self.k.clone(), self.v.clone()
             for kept in (*self.k, *self.v):  # one layer needs little more memory than none
                 kept[:, : new - old] = kept[:, old:new].clone()
             self.frames -= evicted

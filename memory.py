@@ -17,15 +17,15 @@ from attention import KVCache
 
 # ------------------------------------------------------------------------- activation checkpointing
 class Past:
-    """A chunk's past in a cache that has moved on since, to compute the chunk a second time."""
+    """A layer's past in a cache that will have moved on when the chunk is computed again."""
 
-    def __init__(self, cache):
+    def __init__(self, cache, layer):
         end = cache.frames * cache.tokens
-        self.k, self.v = cache.k[:, :, :end], cache.v[:, :, :end]
+        self.k, self.v = cache.k[layer, :, :end].clone(), cache.v[layer, :, :end].clone()
 
     def put(self, layer, k, v):
         """`KVCache.put`, but the new keys and values are not kept: a clean pass writes them."""
-        return torch.cat([self.k[layer], k], dim=1), torch.cat([self.v[layer], v], dim=1)
+        return torch.cat([self.k, k], dim=1), torch.cat([self.v, v], dim=1)
 
 
 def recompute_in_plan():
@@ -40,7 +40,7 @@ def recompute(network):
     def run(forward, x, time, keys, remember=False, cache=None, **attention):
         if not torch.is_grad_enabled():
             return forward(x, time, keys, remember, cache=cache, **attention)
-        past = None if cache is None else Past(cache)
+        past = None if cache is None else Past(cache, attention["layer"])
         how = {"use_reentrant": False, "preserve_rng_state": False}
         if Planning.on:  # autograd leaves its ways aside
             how["context_fn"] = recompute_in_plan

@@ -1,7 +1,7 @@
 """The memory that --dry-run counts, beside what a step really takes; the table of docs/MEMORY.md.
 
-python tests/memory_check.py check        each stage on the small model, on the CPU: within 20%
-python tests/memory_check.py table        Wan's 1.3B transformer at 480p on 1, 8 and 64 devices
+python tests/memory_check.py check [STAGE...]   on the small model, on the CPU: within 20%
+python tests/memory_check.py table              Wan's 1.3B transformer at 480p on 1, 8 and 64 devices
 """
 
 import importlib
@@ -62,14 +62,15 @@ def measured(script, flags):
         main_of(script, f"{flags} --device cpu --dtype float32 --threads 1 --out /tmp/memory_check")
 
 
-def check():
+def check(*scripts):
     """Print, for each stage, what was counted and what was measured; -> whether all are near."""
     near = True
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
-    for script, flags in SMALL.items():
+    for script in scripts or SMALL:
+        flags = SMALL[script]
         found = {}
         for what in ("counted", "measured"):
             command = [sys.executable, __file__, what, script, flags]
@@ -180,7 +181,7 @@ inner = memory.report
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "check":
-        sys.exit(not check())
+        sys.exit(not check(*rest))
     elif what == "table":
         table()
     elif what == "rows":
