@@ -65,6 +65,14 @@ def read_saved(path, device="cpu"):
     return saved
 
 
+def read_shards(path):
+    """Read which files of shards a checkpoint names: {name: hash}. Raises UserError."""
+    shards = read_saved(path, "meta").get("shards", {})
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards):
+        raise UserError(f"{path} is damaged: it does not name its shards; delete it to begin again")
+    return shards
+
+
 def check_hash(path):
     """Raise UserError for a checkpoint whose contents or shards are not what was written. One of
     an older version, without a hash, passes."""
@@ -78,7 +86,7 @@ def check_hash(path):
             size -= len(part)
     if all(byte in b"0123456789abcdef" for byte in told) and told != found.hexdigest().encode():
         raise UserError(f"{path} is damaged, its checksum does not fit; delete it to begin again")
-    for name, value in read_saved(path, "meta").get("shards", {}).items():
+    for name, value in read_shards(path).items():
         shard = os.path.join(os.path.dirname(path), name)
         if not os.path.isfile(shard) or file_hash(shard) != value:
             raise UserError(f"{path} is damaged: {shard} is not what was written")
@@ -141,7 +149,7 @@ def forget_shards(out):
     named = set()
     for path in (os.path.join(out, name) for name in NAMES):
         if os.path.exists(path):
-            named |= {os.path.dirname(name) for name in read_saved(path, "meta").get("shards", {})}
+            named |= {os.path.dirname(name) for name in read_shards(path)}
     for folder in glob.glob(os.path.join(glob.escape(out), "shards-*")):
         if os.path.basename(folder) not in named:
             shutil.rmtree(folder, ignore_errors=True)

@@ -74,8 +74,11 @@ class Reader(dcp.FileSystemReader):
     """Read a folder of shards, whose index is a pickle."""
 
     def read_metadata(self, *args, **kwargs):
-        with open(os.path.join(self.path, ".metadata"), "rb") as file:
-            return Index(file).load()
+        try:
+            with open(os.path.join(self.path, ".metadata"), "rb") as file:
+                return Index(file).load()
+        except Exception as error:  # of many kinds, from what is no pickle
+            raise ValueError(f"its index cannot be read: {reason(error)}") from None
 
 
 def load_shards(folder, state):

@@ -1,7 +1,7 @@
 """The memory that --dry-run counts, beside what a step really takes; the table of docs/MEMORY.md.
 
-python tests/memory_check.py check [STAGE...]   on the small model, on the CPU: within 20%
-python tests/memory_check.py table              Wan's 1.3B transformer at 480p on 1, 8 and 64 devices
+python tests/memory_check.py check [STAGE...]    on the small model, on the CPU: within 20%
+python tests/memory_check.py table    Wan's 1.3B transformer at 480p on 1, 8 and 64 devices
 """
 
 import importlib

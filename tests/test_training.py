@@ -161,8 +161,20 @@ def whole_but(change):
         lambda path: torch.save({}, path),
         whole_but({"state": {}}),
         whole_but({"state": {"net": {}, "ema": {}, "optimizer": {}}}),
+        whole_but({"shards": 3}),
+        whole_but({"shards": {"elsewhere": "0"}}),
     ],
-    ids=["text", "empty", "cut", "a tensor", "an empty dict", "no parts", "empty parts"],
+    ids=[
+        "text",
+        "empty",
+        "cut",
+        "a tensor",
+        "an empty dict",
+        "no parts",
+        "empty parts",
+        "shards that are none",
+        "shards that are not there",
+    ],
 )
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, damage):
     run(tmp_path)
