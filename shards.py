@@ -87,8 +87,10 @@ def load_shards(folder, state):
     optimizers = {k: v for k, v in state.items() if isinstance(v, torch.optim.Optimizer)}
     for name, part in optimizers.items():
         wanted |= {f"{name}/{i}": p for i, p in enumerate(distributed.parameters_of(part))}
-    targets = {}
-    for key, entry in reader.read_metadata().state_dict_metadata.items():
+    index, targets = reader.read_metadata().state_dict_metadata, {}
+    if missing := tensors_of(state).keys() - index.keys():
+        raise LookupError(f"its shards do not hold {min(missing)}")
+    for key, entry in index.items():
         like = wanted[key] if key in wanted else wanted[key.rpartition(".")[0]]
         if key not in wanted:  # of an optimiser, which has no state before its first step
             like = torch.empty_like(like) if entry.size == like.shape else torch.empty(entry.size)
