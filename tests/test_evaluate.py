@@ -292,4 +292,4 @@ def test_models_are_measured_in_the_dtype_asked_for(command_line, monkeypatch):
 def test_a_student_is_no_causal_teacher(command_line):
     status, _, err = command_line(evaluate, "--causal", shipped("student"))
     assert status == 2
-    assert "here is asked for: causal teacher" in err
+    assert "holds 'student', not causal teacher" in err

@@ -264,7 +264,7 @@ def test_plays_a_script_into_a_video(flags, command_line):
         (["--port", 70000], "--port"),
         (["--actions", "up", "--weights", "none.safetensors"], "none.safetensors"),
         (["--actions", "up", "--vae", shipped("vae")], "frame-wise VAE"),
-        (["--actions", "up", "--weights", shipped("student")], "here is asked for"),
+        (["--actions", "up", "--weights", shipped("student")], "holds 'student', not"),
     ],
 )
 def test_bad_input_ends_in_one_clear_line(flags, command_line, wrong, message):
