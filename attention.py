@@ -115,6 +115,7 @@ class KVCache:
         """chunk: latent frames in a chunk; window: chunks attended to, the new one included;
         height, width: tokens; ahead: chunks that are denoised at once; tensor: device, dtype."""
         self.chunk, self.window = chunk, window
+        self.batch = batch  # videos; of many processes each holds the keys of its own
         self.tokens = height * width  # of a latent frame
         self.frames = 0  # latent frames of the past that are kept
         self.evicted = 0  # and that are not

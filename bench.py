@@ -21,10 +21,10 @@ from tqdm import tqdm
 import flags
 from data import FRAMES, SIZE
 from diffusion import TEACHER_STEPS, noise_source, solve_teacher
+from evaluate import write_results
 from model import DiT, ModelConfig
 from sample import PROMPT, denoise_chunk, remember_chunk, text_to_video
 from text import TextConfig, TextEncoder
-from training import write_results
 from vae import VAE, VAEConfig
 from weights import hardware, load_model, make_folder, shipped
 

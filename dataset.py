@@ -8,6 +8,8 @@ import torch
 from tqdm import tqdm
 
 from data import sample_clips
+from distributed import first_alone
+from memory import Planning
 from training import read_saved
 from weights import UserError, check_stored, is_plain, written
 
@@ -45,6 +47,7 @@ def read_kept(path, kinds):
     return kept
 
 
+@first_alone()  # of many processes one makes it
 def kept_in(path, kinds, told, count, make):
     """Read what the file `path` keeps, see `read_kept`; if it is not there it is made in `count`
     parts.
@@ -52,6 +55,8 @@ def kept_in(path, kinds, told, count, make):
     make(first) yields the parts for `join` from number `first` on. Each is kept in a file, so that
     a run that is stopped meanwhile goes on where it was. told: what is made, "encoding 9 clips".
     """
+    if Planning.on:  # which has nothing to keep: one part stands for all
+        return next(iter(make(0)))
     if os.path.exists(path):
         return read_kept(path, kinds)
     files = [f"{path}.{number}" for number in range(count)]
@@ -90,7 +95,7 @@ def encode_clips(vae, clips, batch=16):
     told, count = f"encoding {len(clips):,} clips", -(-len(clips) // batch)
     path = os.path.join("runs", "latents", name)
     latents = kept_in(path, {"latents": torch.Tensor}, told, count, make)["latents"]
-    if latents.ndim != 5 or len(latents) != len(clips):
+    if not Planning.on and (latents.ndim != 5 or len(latents) != len(clips)):
         raise UserError(f"{path} does not hold {len(clips):,} clips; delete it to begin again")
     return latents
 

@@ -199,7 +199,7 @@ def main():
         averaged.load_state_dict(distillation.ema.shadow)
         return fixed_sheet("student", averaged, vae, encoder, path)
 
-    seconds = training.train(run, distillation.state(), step, sheet)
+    seconds = training.train(run, distillation.state(), step, sheet, [teacher, averaged])
     if seconds is not None:
         parts = (distillation.ema.shadow, student.config, seconds, codecs)
         training.write_transformer(

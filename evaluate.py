@@ -7,7 +7,9 @@ Everything is measured from the pixels alone (metrics.py).
 
 import launch
 import functools
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,13 +27,33 @@ from media import save_sheet
 from metrics import Recovered, diversity, fixed_set, health, measure, recover
 from model import DiT
 from text import TextEncoder
-from training import write_results
 from vae import VAE
-from weights import ROOT, UserError, check_fit, load_model, shipped
+from weights import ROOT, UserError, check_fit, load_model, provenance, replace_file, shipped
 
 SPAN = 5 * FPS  # frames of a window of `over_time`
 # how a model is sampled -> the stage that its weights name
 ROLES = {"teacher": "teacher", "causal": "causal teacher", "student": "student"}
+
+
+# ------------------------------------------------------------------------------- results and docs
+def write_results(out, result, text):
+    """Print a table; write OUT.json, OUT.md and the table between its markers in docs/RESULTS.md.
+    The markers are <!-- OUT.json --> and <!-- end -->. Raises UserError if it cannot write."""
+    print(text)
+    replace_file(out + ".json", json.dumps(provenance() | result, indent=1) + "\n")
+    replace_file(out + ".md", text + "\n")
+    print(f"wrote {out}.json and {out}.md")
+    path = os.path.join(ROOT, "docs", "RESULTS.md")
+    marker = re.escape(f"<!-- {os.path.relpath(out, ROOT)}.json -->")
+    with open(path, encoding="utf-8") as file:
+        before = file.read()
+
+    def filled(match):
+        return f"{match[1]}{text}\n{match[2]}"
+
+    after = re.sub(rf"({marker}\n).*?(<!-- end -->)", filled, before, flags=re.S)
+    if after != before:
+        replace_file(path, after)
 
 
 # -------------------------------------------------------------------------------------- sampling

@@ -389,6 +389,13 @@ def training_parser(description, steps, batch_size, lr, out):
     device_flags(parser)
     told = "fuse the networks with torch.compile, which takes a minute and a C++ compiler"
     add("--compile", action="store_true", help=told)
+    told = "parts of a batch, made one after the other, whose gradients add up: less memory"
+    add("--accumulate", type=whole(1, 10**6), default=1, help=told)
+    told = "compute activations again in the backward pass: less memory, a third more time"
+    add("--recompute", action="store_true", help=told)
+    told = "print the memory that each of so many processes would take, and train nothing (1)"
+    how = {"nargs": "?", "const": 1, "type": whole(1, 10**5), "metavar": "PROCESSES"}
+    add("--dry-run", help=told, **how)
     return parser
 
 

@@ -114,7 +114,7 @@ def main():
         return walk_sheet(averaged, vae, encoder, path)
 
     state = {"student": student, "ema": ema, "slow": slow, "optimizer": optimizer}
-    seconds = training.train(run, state, step, sheet)
+    seconds = training.train(run, state, step, sheet, [teacher, target, averaged])
     if seconds is not None:
         parts = (slow.shadow, c, seconds, codecs, "play.py --weights")
         training.write_transformer(run, "player", *parts, stage="few-step player")

@@ -16,12 +16,11 @@ from tqdm import tqdm
 import bench
 import flags
 from data import FPS, FRAMES
-from evaluate import table
+from evaluate import table, write_results
 from nfd_teacher import ActionConfig, ActionDiT, stream_walks
 from nfd_world import ACTIONS, measure_walks, sample_walks
 from play import LOOKS, Player
 from text import TextEncoder
-from training import write_results
 from vae import VAE
 from weights import UserError, load_model, make_folder, shipped
 

@@ -270,7 +270,8 @@ def main():
         averaged.load_state_dict(ema.shadow)
         return walk_sheet(averaged[0], vae, averaged[1], path, steps=8, ode=True)
 
-    seconds = training.train(run, {"model": both, "ema": ema, "optimizer": optimizer}, step, sheet)
+    state = {"model": both, "ema": ema, "optimizer": optimizer}
+    seconds = training.train(run, state, step, sheet, [averaged])
     if seconds is not None:
         averaged.load_state_dict(ema.shadow)
         codecs, then = (args.vae, args.text_encoder), "nfd_consistency.py --teacher"

@@ -131,7 +131,7 @@ def main():
         return fixed_sheet("student", averaged, vae, encoder, path)
 
     state = {"student": student, "ema": ema, "optimizer": optimizer}
-    seconds = training.train(run, state, step, sheet)
+    seconds = training.train(run, state, step, sheet, [averaged])
     if seconds is not None:
         then = shlex.join(["dmd.py", "--teacher", args.teacher, "--student"])
         parts = (ema.shadow, student.config, seconds, codecs, then)

@@ -56,7 +56,7 @@ def solve_chunk(model, x, times, keys, cache, guidance=GUIDANCE):
 def remember_chunk(model, x0, keys, cache):
     """Leave a finished chunk's keys and values in the cache: one more pass, clean, at t = 0 (the
     end of Algorithm 2's loop). Under guidance the null prompts' half sees the same chunk."""
-    if len(x0) < cache.k.shape[1]:
+    if len(x0) < cache.batch:
         x0 = torch.cat([x0, x0])
     with torch.no_grad():
         model(x0, 0.0, keys, cache=cache, remember=True)

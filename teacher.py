@@ -91,7 +91,8 @@ def train_teacher(run, model, encoder, vae, data, shape, times, kind, attention)
         averaged.load_state_dict(ema.shadow)
         return fixed_sheet(kind, averaged[0], vae, averaged[1], path, steps=8)
 
-    seconds = training.train(run, {"model": both, "ema": ema, "optimizer": optimizer}, step, sheet)
+    state = {"model": both, "ema": ema, "optimizer": optimizer}
+    seconds = training.train(run, state, step, sheet, [averaged])
     averaged.load_state_dict(ema.shadow)
     return averaged, seconds
 

@@ -11,48 +11,26 @@ import glob
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import time
 import warnings
+from launch import RANK, WORLD
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from tqdm import tqdm
 
+import checkpoints
+import distributed
 import flags
+import memory
 import weights
+from checkpoints import load_checkpoint, read_saved, save_checkpoint
 from model import ModelConfig
-from weights import ROOT, UserError, command_line, load_pickled, provenance, reason, written
-
-
-# ------------------------------------------------------------------------------- results and docs
-def write_results(out, result, text):
-    """Print a table; write OUT.json, OUT.md and the table between its markers in docs/RESULTS.md.
-    The markers are <!-- OUT.json --> and <!-- end -->. Raises UserError if it cannot write."""
-    print(text)
-    replace_file(out + ".json", json.dumps(provenance() | result, indent=1) + "\n")
-    replace_file(out + ".md", text + "\n")
-    print(f"wrote {out}.json and {out}.md")
-    path = os.path.join(ROOT, "docs", "RESULTS.md")
-    marker = re.escape(f"<!-- {os.path.relpath(out, ROOT)}.json -->")
-    with open(path, encoding="utf-8") as file:
-        before = file.read()
-
-    def filled(match):
-        return f"{match[1]}{text}\n{match[2]}"
-
-    after = re.sub(rf"({marker}\n).*?(<!-- end -->)", filled, before, flags=re.S)
-    if after != before:
-        replace_file(path, after)
-
-
-def replace_file(path, content):
-    """Write a text file: all of it, or nothing and a UserError."""
-    with written(path) as file:
-        file.write(content.encode())
+from rows import by_rows, every
+from weights import UserError, command_line, reason, replace_file
 
 
 # -------------------------------------------------------------------------------- flags and a run
@@ -71,21 +49,36 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    accumulate: int = 1  # parts of a batch, whose gradients add up; batch_size is that of a part
+    recompute: bool = False
+    dry_run: int | None = None  # processes of a run of which only the memory is counted
     settings: dict = field(default_factory=dict)  # all flags, as a checkpoint keeps them
 
     def autocast(self):
         """bf16 autocast where the run's dtype is bf16; weights and optimiser stay in float32."""
+        if self.dry_run:
+            return memory.Planning.on.autocast()
         on = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=on)
 
 
 # what --resume may change; a run that changed anything else would be a mixture of two
-CHANGEABLE = ("steps", "lr", "save_every", "minutes", "device", "dtype", "threads", "compile")
+CHANGEABLE = (
+    "steps",
+    "lr",
+    "save_every",
+    "minutes",
+    "device",
+    "dtype",
+    "threads",
+    "compile",
+    "recompute",
+)
 
 
 def read_settings(args):
     """All flags but --out and --resume, as a checkpoint keeps them: a file by its contents."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "dry_run")}
     for name, value in settings.items():
         if isinstance(value, str) and os.path.isfile(value):
             settings[name] = f"with contents {weights.file_hash(value)}"
@@ -110,6 +103,8 @@ def compare_settings(out, before, now):
 @functools.cache  # this process holds the lock until it ends
 def lock(out):
     """Keep other processes from training into the folder `out`. Raises UserError if one does."""
+    if RANK:
+        return
     try:
         import fcntl
 
@@ -121,18 +116,48 @@ def lock(out):
         return
 
 
+def check_split(args):
+    """Raise UserError for a batch that does not split over the processes and parts of it."""
+    processes = args.dry_run or WORLD
+    if args.batch_size % (processes * args.accumulate):
+        over = f"{processes} processes and --accumulate {args.accumulate}"
+        raise UserError(f"--batch-size {args.batch_size} does not split over {over}")
+    if WORLD > 1 and args.compile:
+        raise UserError("--compile works in one process only")
+    if args.dry_run and (WORLD > 1 or args.compile or args.resume):
+        raise UserError("--dry-run goes without torchrun, --compile and --resume")
+
+
+def plan_run(args):
+    """Begin a dry run, which writes nothing: a `Run` of a process's share of the batch."""
+    dtype = {"bfloat16": torch.bfloat16}.get(args.dtype, torch.float32)
+    values = vars(args) | {"device": torch.device("meta"), "dtype": dtype, "settings": {}}
+    values["batch_size"] //= args.accumulate * args.dry_run
+    memory.plan(dtype)
+    return Run(**{field.name: values[field.name] for field in fields(Run)})
+
+
 def start_run(args):
     """Check the flags of `training_parser`, make the output folder and seed torch: a `Run`.
     Raises UserError for values that no run can have, and for a folder that holds a run already."""
+    check_split(args)
+    if args.dry_run:
+        return plan_run(args)
+    distributed.start()
     device, dtype = flags.on_device(args.device, args.dtype, args.threads)
     path, settings = os.path.join(args.out, "checkpoint.pt"), read_settings(args)
+    if args.resume and os.path.isdir(args.out):
+        lock(os.path.realpath(args.out))
+        with distributed.first_alone():
+            checkpoints.mend(args.out)
     if args.resume and os.path.exists(path):
         saved = read_saved(path, "meta")  # the weights are read later
         compare_settings(args.out, saved.get("settings"), settings)
     elif args.resume:
         # all that a run leaves that was stopped before its first checkpoint
         found = os.listdir(args.out) if os.path.isdir(args.out) else ["no folder"]
-        if any(name != "log.jsonl" and not name.startswith(".checkpoint.pt.") for name in found):
+        kept = ("log.jsonl", ".checkpoint.", "shards-")
+        if not all(name.startswith(kept) for name in found):
             raise UserError(f"nothing to resume: {args.out} has no checkpoint.pt")
         print(f"{args.out} has no checkpoint yet: it begins, with what was prepared for it")
     elif os.path.exists(path):
@@ -142,10 +167,12 @@ def start_run(args):
         )
     weights.make_folder(args.out)
     lock(os.path.realpath(args.out))
-    for left in glob.glob(os.path.join(glob.escape(args.out), ".checkpoint.pt.*.tmp")):
-        os.remove(left)  # of a process that was killed while it wrote
+    if RANK == 0:
+        for left in glob.glob(os.path.join(glob.escape(args.out), ".checkpoint.*.tmp")):
+            os.remove(left)  # of a process that was killed while it wrote
     torch.manual_seed(args.seed)
     values = vars(args) | {"device": device, "dtype": dtype, "settings": settings}
+    values["batch_size"] //= args.accumulate
     return Run(**{field.name: values[field.name] for field in fields(Run)})
 
 
@@ -188,6 +215,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module, step):
+        if not is_last(self):
+            return
         # a short run must not remember its start: the memory grows up to 1 / (1 - decay) steps
         decay = min(self.decay, (1 + step) / (10 + step))
         for k, v in module.state_dict().items():
@@ -203,7 +232,9 @@ class EMA:
 
 def adamw(parameters, lr, betas=(0.9, 0.99)):
     """AdamW without weight decay; gradients are clipped by `optimise`."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    parameters = list(parameters)
+    fused = not parameters[0].is_meta  # a dry run has none
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=fused)
 
 
 class Muon(torch.optim.AdamW):
@@ -220,7 +251,8 @@ class Muon(torch.optim.AdamW):
         matrices = [p for p in hidden if p.ndim > 1]
         mine = {id(p) for p in matrices}
         others = [p for p in parameters if id(p) not in mine]
-        super().__init__(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        fused = not others[0].is_meta  # a dry run has none
+        super().__init__(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         self.add_param_group({"params": matrices, "momentum": momentum})
 
     @torch.no_grad()
@@ -235,10 +267,11 @@ class Muon(torch.optim.AdamW):
                     state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 p.grad.lerp_(state["momentum"], group["momentum"])  # Nesterov: look one step ahead
-            update = orthogonal(torch.stack([p.grad.flatten(1) for p in matrices]))
+            whole = torch.stack([distributed.whole(p.grad).flatten(1) for p in matrices])
+            update = by_rows(orthogonal)(whole)  # of many processes each does a part
             update = update * (0.2 * max(update.shape[1:]) ** 0.5)
             for p, change in zip(matrices, update, strict=True):
-                p.sub_(change.view(p.shape), alpha=group["lr"])
+                p.sub_(distributed.like(p, change.view(p.shape)), alpha=group["lr"])
                 p.grad = None  # nothing is left for AdamW
         super().step()
 
@@ -254,53 +287,29 @@ def orthogonal(x):
     return x
 
 
+def is_last(part):
+    """Whether an optimiser or average is at the last part of a batch, where `train` makes parts."""
+    number, parts = getattr(part, "part", (0, 1))
+    return number + 1 == parts
+
+
 def optimise(optimizer, loss, clip=1.0):
-    """Take one optimiser step on a loss; -> the norm of the gradient before clipping to `clip`."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    """Take one optimiser step on a loss; -> the norm of the gradient before clipping to `clip`.
+    Of the parts of a batch the gradients add up, and the last takes the step."""
+    number, parts = getattr(optimizer, "part", (0, 1))
+    if number == 0:
+        optimizer.zero_grad(set_to_none=True)
+    # of many processes each has the gradient of its own rows; FSDP takes the mean, not the sum
+    (loss * (WORLD / parts)).backward()
+    if not is_last(optimizer):
+        return torch.zeros(())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
-    return norm
+    return distributed.whole(norm)
 
 
 # --------------------------------------------------------------------------------------- the loop
-def save_checkpoint(path, run, state, generator, **progress):
-    """Write all that a run needs to go on. Raises UserError if the disk is full."""
-    saved = {"state": {name: part.state_dict() for name, part in state.items()}}
-    saved |= {"generator": generator.get_state(), "settings": run.settings, **progress}
-    with written(path) as file:
-        torch.save(saved, file)
-
-
-def read_saved(path, device="cpu"):
-    """Read the dict that torch.save wrote to `path`. Raises UserError for anything else."""
-    try:
-        saved = load_pickled(path, device)
-        if not isinstance(saved, dict):
-            raise ValueError("it does not hold what this version writes")
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}; delete it to begin again") from None
-    return saved
-
-
-def load_checkpoint(path, run, state, generator):
-    """Load what `save_checkpoint` wrote into the parts of `state`: (step, seconds).
-    Raises UserError for a checkpoint that is damaged, of other parts or beyond the run's end."""
-    saved = read_saved(path, run.device)
-    try:
-        if not (isinstance(saved["step"], int) and saved["step"] >= 0 and saved["seconds"] >= 0):
-            raise ValueError("its step or its seconds are no such numbers")
-        if saved["step"] > run.steps:
-            raise ValueError(f"{saved['step']} steps are done, more than --steps {run.steps}")
-        for name, part in state.items():
-            part.load_state_dict(saved["state"][name])
-        generator.set_state(saved["generator"].cpu())
-        return saved["step"], saved["seconds"]
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit this run ({reason(error)})") from None
-
-
 def comes_before(line, step):
     """Whether a line of a log is whole and of a step before `step`."""
     try:
@@ -335,18 +344,50 @@ def check_finite(run, step, numbers):
 def largest(state):
     """The largest absolute value of all weights and averages, NaN if one is NaN."""
     tensors = [v for part in state.values() for v in part.state_dict().values()]
-    return torch.stack([v.abs().max().float() for v in tensors if torch.is_tensor(v)]).max()
+    tensors = [distributed.local(v) for v in tensors if torch.is_tensor(v)]
+    largest = torch.stack([v.abs().max().float() for v in tensors if v.numel()]).max()
+    return every(largest[None]).max()
 
 
-def train(run, state, step, sheet, warmup=50):
+def add_up(step, state, parts):
+    """Make a step that takes a batch in parts, so that less of it is in memory at a time: the mean
+    of the parts' numbers, and of the gradient's norm that of the whole."""
+
+    def whole_step(i, generator):
+        made = []
+        for number in range(parts):
+            for part in state.values():
+                part.part = (number, parts)
+            made.append(step(i, generator))
+        total = {k: sum(numbers[k] for numbers in made) for k in made[0]}
+        return {k: v if k.endswith("grad") else v / parts for k, v in total.items()}
+
+    return whole_step
+
+
+def prepare(run, state, others):
+    """Let networks keep fewer activations, and share them out over the processes, where asked."""
+    if run.recompute:
+        for part in state.values():
+            memory.recompute(part)
+    distributed.share_out(state, others)
+
+
+def train(run, state, step, sheet, others=(), warmup=50):
     """Run `step(i, generator) -> numbers to log` for i = 0 .. run.steps - 1, or what is left of it.
 
     state: name -> network, optimiser or EMA, all that a checkpoint must hold. The learning rates
     rise over `warmup` steps and fall to 0 along a cosine. sheet(path) -> numbers to log: draws and
-    measures samples, at every checkpoint. Returns the seconds that the run took, or None if it was
-    stopped before its last step (--minutes, Ctrl-C). Raises UserError, before anything is written,
-    if a number is not finite: `step` returns each loss or the norm of its gradient.
+    measures samples, at every checkpoint. others: networks that are not trained, but shared out.
+    Returns the seconds that the run took, or None if it was stopped before its last step
+    (--minutes, Ctrl-C). Raises UserError, before anything is written, if a number is not finite:
+    `step` returns each loss or the norm of its gradient.
     """
+    prepare(run, state, others)
+    if run.dry_run:
+        memory.report(run, state, others, step)
+        return None
+    step = add_up(step, state, run.accumulate) if run.accumulate > 1 else step
     generator = torch.Generator().manual_seed(run.seed)  # on the CPU: the same on every device
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -358,7 +399,7 @@ def train(run, state, step, sheet, warmup=50):
     # autocast meets weights that stay in float32, as they should
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     began, shown, stop, name = time.time(), {}, [], os.path.basename(os.path.normpath(run.out))
-    bar = tqdm(total=run.steps, initial=first, desc=name, mininterval=2)
+    bar = tqdm(total=run.steps, initial=first, desc=name, mininterval=2, disable=RANK > 0)
     signals = (signal.SIGINT, signal.SIGTERM)  # the step in progress ends, then it is saved
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in signals}
     unchecked, done, stopped = {}, first >= run.steps, False
@@ -367,7 +408,7 @@ def train(run, state, step, sheet, warmup=50):
         return spent + time.time() - began
 
     def note(step, numbers):
-        if numbers:
+        if numbers and RANK == 0:
             numbers = {k: round(torch.as_tensor(v).item(), 6) for k, v in numbers.items()}
             line = {"step": step, "seconds": round(seconds(), 1), **numbers}
             try:
@@ -395,7 +436,7 @@ def train(run, state, step, sheet, warmup=50):
             numbers = {k: torch.as_tensor(v).detach() for k, v in step(i, generator).items()}
             unchecked[i] = numbers
             done = i + 1 == run.steps
-            stopped = bool(stop) or time.time() - began > 60 * run.minutes
+            stopped = distributed.any_of(stop or time.time() - began > 60 * run.minutes)
             due = done or stopped or (i + 1) % run.save_every == 0
             # to look at a number waits for the GPU, so there it is not done at each step
             if run.device.type == "cpu" or i % 10 == 0 or due:
@@ -425,8 +466,10 @@ def write_trained(run, name, tensors, config, seconds, then=None, **origin):
     then: a script that samples them or goes on with them and its flags, but for the path at their
     end; this is printed last."""
     path = os.path.join(run.out, f"{name}.safetensors")
+    tensors = {name: distributed.whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
     origin = {"stage": name.replace("_", " "), "steps": run.steps, **origin}
-    weights.save_weights(path, tensors, config, seconds=round(seconds), **origin)
+    with distributed.first_alone():
+        weights.save_weights(path, tensors, config, seconds=round(seconds), **origin)
     print(f"wrote {path}")
     if then:
         print(f"next: python {then} {shlex.quote(path)}")
@@ -436,7 +479,7 @@ def write_trained(run, name, tensors, config, seconds, then=None, **origin):
 def write_transformer(run, name, tensors, config, seconds, codecs, then, **origin):
     """`write_trained`, and beside it the VAE and text encoder that it was trained with, which its
     metadata names, unless they are shipped. codecs: their paths."""
-    for path in codecs:
+    for path in codecs if RANK == 0 else ():
         if os.path.isfile(path) and os.path.dirname(os.path.abspath(path)) not in (
             weights.WEIGHTS,
             os.path.abspath(run.out),

@@ -238,7 +238,8 @@ def train_vae(run, name, vae, begin=0.0):
         save_sheet(pairs.flatten(0, 1), path)  # each clip above its reconstruction
         return {}
 
-    seconds = training.train(run, {"vae": vae, "ema": ema, "optimizer": optimizer}, step, sheet)
+    state = {"vae": vae, "ema": ema, "optimizer": optimizer}
+    seconds = training.train(run, state, step, sheet, [averaged])
     if seconds is not None:
         averaged.load_state_dict(ema.shadow)
         clips = sample_clips(64, torch.Generator().manual_seed(2))

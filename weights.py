@@ -9,6 +9,7 @@ import contextlib
 import glob
 import hashlib
 import importlib
+import io
 import json
 import os
 import pickle
@@ -69,15 +70,21 @@ def summary(tensors):
 
 
 @contextlib.contextmanager
-def written(path):
+def written(path, before=None):
     """Open a binary file under a temporary name that becomes `path` when all of it is written.
-    After an error nothing is left of it. Raises UserError if it cannot be written."""
+    After an error nothing is left of it. Raises UserError if it cannot be written.
+    before: a name that the file keeps which was there. Of many processes the first one writes."""
+    if launch.RANK:
+        yield io.BytesIO()
+        return
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name[:40]}.{token_hex(4)}.tmp")
     try:
         os.makedirs(folder or ".", exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
+        if before and os.path.exists(path):
+            keep(path, before)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -85,6 +92,22 @@ def written(path):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def keep(path, before):
+    """Give a file a second name, so that at any moment there is a file of the first."""
+    link = os.path.join(os.path.dirname(path), f".{os.path.basename(before)}.{token_hex(4)}.tmp")
+    try:
+        os.link(path, link)
+        os.replace(link, before)
+    except OSError:  # a file system without links
+        os.replace(path, before)
+
+
+def replace_file(path, content):
+    """Write a text file: all of it, or nothing and a UserError."""
+    with written(path) as file:
+        file.write(content.encode())
 
 
 def file_hash(*paths):
@@ -107,7 +130,10 @@ def file_hash(*paths):
 # --------------------------------------------------------------------------------- weights files
 def command_line():
     """Say what was typed to start this script, as a shell takes it."""
-    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    start = ["python"]
+    if launch.WORLD > 1:
+        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return shlex.join([*start, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def provenance():

@@ -4,6 +4,7 @@ Each main() runs as it is, but for `training.train`: in its place a few steps ar
 the paper's equations, AdamW of torch, and random numbers in the order of the code.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -24,7 +25,7 @@ from nfd_teacher import WALK, ActionDiT, WalkLatents, draw_walk_times, own_past,
 from nfd_vae import frame_wise
 from nfd_world import sample_walks
 from text import TextEncoder
-from vae import VAE
+from vae import VAE, VAEConfig
 from weights import load_model
 
 STEPS = (0, 1, 4, 5, 10_005)  # so late, an average has its whole memory
@@ -41,6 +42,39 @@ def load(network, name):
 
 
 # ------------------------------------------------------------------------ a script's first steps
+def latents_of(vae, clips):
+    """Random latents of clips or walks, others for other sizes of the shapes."""
+    frames = clips.actions.shape[1] if hasattr(clips, "actions") else T
+    seeded = generator(int(1000 * clips.radius.sum()))
+    return torch.randn(len(clips), frames, 8, 4, 4, generator=seeded).bfloat16()
+
+
+def few_clips(count, *drawn):
+    """Four clips at most, where many would only take time."""
+    return sample_clips(min(count, 4), *drawn)
+
+
+def trajectories(*_):
+    return {"states": STATES, "prompts": PROMPTS}
+
+
+@contextlib.contextmanager
+def on_tiny_networks(folder):
+    """Let the scripts run in a folder of tiny weights, with random latents for clips."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("dataset.encode_clips", latents_of)
+        patch.setattr("nfd_teacher.encode_clips", latents_of)
+        patch.setattr("ode_init.kept_in", trajectories)
+        patch.setattr("vae.sample_clips", few_clips)
+        patch.setattr("vae.held_out_psnr", lambda vae: 0.0)
+        patch.setattr("vae.VAEConfig", functools.partial(VAEConfig, 8, 4, 16, 16, 16))
+        patch.setattr("nfd_vae.shipped", "{}.safetensors".format)
+        yield
+    torch.set_num_threads(threads)
+
+
 def weights_of(part):
     return {k: v.clone() for k, v in part.state_dict().items()}
 
@@ -58,9 +92,10 @@ def train_tiny(command, out="out", steps=STEPS, seconds=1.0):
     script, *flags = command.split()
     caught = SimpleNamespace()
 
-    def train(run, state, step, sheet):
+    def train(run, state, step, sheet, others=()):
         caught.run, caught.state, caught.step, caught.sheet = run, state, step, sheet
         caught.start = copy.deepcopy(without_optimizers(state))
+        training.prepare(run, state, others)
         g = generator(run.seed)
         caught.numbers = [step(i, g) for i in steps]
         caught.drawn = g.get_state()
@@ -379,6 +414,11 @@ STAGES = {
     "action teacher": (f"nfd_teacher {WEIGHTS} {WALKS}", action_teacher_by_hand),
     "player": (f"nfd_consistency {PLAYER} {WALKS}", player_by_hand),
 }
+
+
+# the commands, and one that computes its activations twice, with the same numbers as "rollout"
+WAYS = {name: command for name, (command, _) in STAGES.items()}
+WAYS["recomputed"] = f"{DMD} --rollout self --recompute"
 
 
 def by_hand(build, start):

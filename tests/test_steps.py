@@ -11,16 +11,16 @@ import torch
 from conftest import TINY, generator, tiny_action_model, tiny_model, tiny_vae
 from steps import (
     LR,
-    PROMPTS,
     STAGES,
-    STATES,
     TIMES,
     WINDOW,
-    T,
     by_hand,
+    few_clips,
     load,
     normal,
+    on_tiny_networks,
     train_tiny,
+    trajectories,
     weights_of,
     without_optimizers,
 )
@@ -30,27 +30,11 @@ import training
 from data import sample_clips
 from model import DiT
 from text import TextEncoder
-from vae import VAE, VAEConfig
+from vae import VAE
 from weights import load_model, read_weights, save_weights
 
 
 # ------------------------------------------------------------------------ a script's first steps
-def latents_of(vae, clips):
-    """Random latents of clips or walks, others for other sizes of the shapes."""
-    frames = clips.actions.shape[1] if hasattr(clips, "actions") else T
-    seeded = generator(int(1000 * clips.radius.sum()))
-    return torch.randn(len(clips), frames, 8, 4, 4, generator=seeded).bfloat16()
-
-
-def few_clips(count, *drawn):
-    """Four clips at most, where many would only take time."""
-    return sample_clips(min(count, 4), *drawn)
-
-
-def trajectories(*_):
-    return {"states": STATES, "prompts": PROMPTS}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of tiny weights, which is the current one, with random latents for clips."""
@@ -69,18 +53,8 @@ def folder(tmp_path_factory):
     (folder / "tiny.json").write_text(json.dumps(TINY | {"window": WINDOW}))
     for name, network in networks.items():
         save_weights(str(folder / f"{name}.safetensors"), network.state_dict(), network.config)
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("dataset.encode_clips", latents_of)
-        patch.setattr("nfd_teacher.encode_clips", latents_of)
-        patch.setattr("ode_init.kept_in", trajectories)
-        patch.setattr("vae.sample_clips", few_clips)
-        patch.setattr("vae.held_out_psnr", lambda vae: 0.0)
-        patch.setattr("vae.VAEConfig", functools.partial(VAEConfig, 8, 4, 16, 16, 16))
-        patch.setattr("nfd_vae.shipped", "{}.safetensors".format)
+    with on_tiny_networks(folder):
         yield folder
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import full_disk, tiny_run
 
+import evaluate
 import flags
-import training
+from checkpoints import check_hash, mend
+from evaluate import write_results
 from model import ModelConfig
 from text import TextConfig
 from training import (
@@ -21,7 +23,6 @@ from training import (
     read_config,
     start_run,
     train,
-    write_results,
     write_trained,
 )
 from weights import UserError
@@ -109,6 +110,38 @@ def test_a_run_that_died_before_its_first_checkpoint_has_one_log(tmp_path):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
+def damaged(path, how):
+    """Cut a file short, or change a bit of it."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(path.read_bytes()[:-200] if how == "cut" else content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, how):
+    _, whole = run(tmp_path / "whole")
+    with pytest.raises(SystemError):
+        run(tmp_path / "cut", die_at=7)
+    damaged(tmp_path / "cut" / "checkpoint.pt", how)
+    mend(str(tmp_path / "cut"))
+    assert "goes on from the one before it, of step 4" in capsys.readouterr().out
+    assert equal(run(tmp_path / "cut", resume=True)[1], whole)
+
+
+def test_a_changed_bit_of_a_checkpoint_is_found_wherever_it_is(tmp_path):
+    run(tmp_path)
+    path, found = tmp_path / "checkpoint.pt", 0
+    content = path.read_bytes()
+    for place in range(0, len(content) - 64, 97):
+        changed = bytearray(content)
+        changed[place] ^= 16
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="its checksum does not fit"):
+            check_hash(str(path))
+        found += 1
+    assert found > 50
+
+
 def whole_but(change):
     """Damage to a checkpoint: its dict with a change."""
 
@@ -128,8 +161,20 @@ def whole_but(change):
         lambda path: torch.save({}, path),
         whole_but({"state": {}}),
         whole_but({"state": {"net": {}, "ema": {}, "optimizer": {}}}),
+        whole_but({"shards": 3}),
+        whole_but({"shards": {"elsewhere": "0"}}),
     ],
-    ids=["text", "empty", "cut", "a tensor", "an empty dict", "no parts", "empty parts"],
+    ids=[
+        "text",
+        "empty",
+        "cut",
+        "a tensor",
+        "an empty dict",
+        "no parts",
+        "empty parts",
+        "shards that are none",
+        "shards that are not there",
+    ],
 )
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, damage):
     run(tmp_path)
@@ -231,6 +276,15 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_else(tmp_path):
         run(tmp_path, resume=True)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.jsonl", "sheet.png"}
+
+
+def test_a_full_disk_leaves_both_checkpoints(tmp_path):
+    run(tmp_path, steps=4)
+    names = ["checkpoint.pt", "checkpoint.before.pt"]
+    before = [(tmp_path / name).read_bytes() for name in names]
+    with full_disk(), pytest.raises(UserError):
+        run(tmp_path, resume=True)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
@@ -438,7 +492,7 @@ def test_chunk_window_and_steps_of_less_than_1_are_refused(given):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder whose docs/RESULTS.md has two places for tables, one of which has been filled."""
-    monkeypatch.setattr(training, "ROOT", str(tmp_path))
+    monkeypatch.setattr(evaluate, "ROOT", str(tmp_path))
     (tmp_path / "docs").mkdir()
     page = "before\n<!-- results/speed.json -->\nold\nrows\n<!-- end -->\nbetween\n"
     page += "<!-- results/other.json -->\n<!-- end -->\n"
