@@ -534,6 +534,7 @@ def judge(name, path, whole):
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # a fork has none of the parent's threads, and waits for them
             signal.alarm(SECONDS)
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
