@@ -28,6 +28,7 @@ from torch import nn
 
 import training
 from data import sample_clips
+from dataset import Shapes
 from model import DiT
 from text import TextEncoder
 from vae import VAE, VAEConfig
@@ -42,9 +43,11 @@ def latents_of(vae, clips):
     return torch.randn(len(clips), frames, 8, 4, 4, generator=seeded).bfloat16()
 
 
-def few_clips(count, *drawn):
+class FewShapes(Shapes):
     """Four clips at most, where many would only take time."""
-    return sample_clips(min(count, 4), *drawn)
+
+    def video(self, count, *drawn):
+        return super().video(min(count, 4), *drawn)
 
 
 def trajectories(*_):
@@ -75,8 +78,9 @@ def folder(tmp_path_factory):
         patch.setattr("dataset.encode_clips", latents_of)
         patch.setattr("nfd_teacher.encode_clips", latents_of)
         patch.setattr("ode_init.kept_in", trajectories)
-        patch.setattr("vae.sample_clips", few_clips)
-        patch.setattr("vae.held_out_psnr", lambda vae: 0.0)
+        patch.setattr("dataset.Shapes", FewShapes)
+        patch.setattr("nfd_vae.Shapes", FewShapes)
+        patch.setattr("vae.mean_psnr", lambda vae, clips: 0.0)
         patch.setattr("vae.VAEConfig", functools.partial(VAEConfig, 8, 4, 16, 16, 16))
         patch.setattr("nfd_vae.shipped", "{}.safetensors".format)
         yield folder
