@@ -84,7 +84,7 @@ def read_table(folder, clips):
                 raise UserError(f"{path}, line {table.line_num}: {name} is there twice")
             captions[name] = plain(row["caption"] or "")
     except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}: {error}") from None
+        raise UserError(f"{path} is no table: {error}; is a quotation mark missing?") from None
     return captions
 
 
@@ -137,9 +137,16 @@ def read_shards(prefix):
             return found, told["end"]
 
 
+def cores():
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def make_shards(paths, prefixes, size, frames, encode, told):
     """Decode clips and write what encode(piece [frames, H, W, 3]) makes of them into shards."""
-    workers = min(len(paths), os.cpu_count() or 1, 8)
+    workers = min(len(paths), cores(), 8)
     # the loader draws a seed, which must not come from what the training draws from
     how = {"num_workers": workers, "batch_size": None, "generator": torch.Generator()}
     loader = DataLoader(Decoder(paths, size, frames), collate_fn=tuple, **how)
@@ -151,7 +158,7 @@ def make_shards(paths, prefixes, size, frames, encode, told):
                 pieces.append(encode(torch.from_numpy(piece)))
             if piece is None or sum(part.nbytes for part in pieces) >= SHARD:
                 number = count.get(clip, 0)
-                tensor = torch.stack(pieces) if pieces else torch.zeros(0)
+                tensor = torch.stack(pieces).contiguous() if pieces else torch.zeros(0)
                 end = {"end": why} if piece is None else {}
                 with written(f"{prefixes[clip]}-{number}.safetensors") as file:
                     file.write(save({"pieces": tensor}, end))
