@@ -7,6 +7,7 @@ safetensors shards of runs/clips. A shard is opened when one of its pieces is dr
 
 import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import itertools
@@ -102,12 +103,18 @@ class Decoder(IterableDataset):
     def __iter__(self):
         worker = get_worker_info()
         for number in range(worker.id, len(self.paths), worker.num_workers):
-            source, found = decode(self.paths[number], self.size), False
+            source, found = map(to_uint8, decode(self.paths[number], self.size)), False
             while len(piece := list(itertools.islice(source, self.frames))) == self.frames:
                 found = True
-                yield number, to_uint8(torch.stack(piece)).numpy(), ""
+                yield number, torch.stack(piece).numpy(), ""
             why = f"too short, {len(piece)} of {self.frames} frames" if piece else "cannot be read"
             yield number, None, "" if found else why
+
+
+@functools.cache
+def say_once(told):
+    """Print a line, which is not printed again."""
+    print(told)
 
 
 @contextlib.contextmanager
@@ -185,7 +192,7 @@ def kept_pieces(folder, names, size, frames, encode, key):
     if len(skipped) == len(names):
         raise UserError(f"no clip in {folder} can be used: {skipped[0]}")
     if skipped:
-        print(f"{len(skipped)} of {len(names)} clips are skipped: {', '.join(skipped)}")
+        say_once(f"{len(skipped)} of {len(names)} clips are skipped: {', '.join(skipped)}")
     places = [
         (clip, path, row)
         for clip, (shards, _) in enumerate(found)

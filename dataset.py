@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import flags
-from clips import before_training, find_clips, kept_pieces
+from clips import before_training, find_clips, kept_pieces, say_once
 from data import FRAMES, PROMPT, SIZE, sample_clips
 from text import TextConfig, split
 from training import read_saved
@@ -253,7 +253,7 @@ class OwnClips:
             raise UserError(f"no clip in {self.folder} has a caption: {told}")
         if without:
             counted = f"{len(without)} of {len(self.names)} clips have no caption"
-            print(f"{counted} and are trained with the empty prompt: {', '.join(without)}")
+            say_once(f"{counted} and are trained with the empty prompt: {', '.join(without)}")
         return OwnLatents(vae, self)
 
     def prompter(self, vae, patch):

@@ -87,7 +87,7 @@ def read_settings(args):
     """All flags but --out and --resume, as a checkpoint keeps them: a file by its contents."""
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
     for name, value in settings.items():
-        if isinstance(value, str) and os.path.exists(value):
+        if isinstance(value, str) and (os.path.isfile(value) or name == "data"):
             settings[name] = f"with contents {weights.file_hash(value)}"
     return settings
 

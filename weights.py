@@ -94,7 +94,7 @@ def file_hash(*paths):
         if os.path.isdir(path):  # of a large network: by its files' names and sizes
             sizes = [
                 (p[len(path) :], os.path.getsize(p))
-                for p in glob.glob(f"{path}/**/*.*", recursive=True)
+                for p in glob.glob(f"{glob.escape(path)}/**/*.*", recursive=True)
             ]
             key.update(repr(sorted(sizes)).encode())
             continue
