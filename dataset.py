@@ -6,6 +6,7 @@ Both give pixels to the VAE, and to the transformers latents, encoded once and k
 import contextlib
 import hashlib
 import os
+import shlex
 
 import torch
 from tqdm import tqdm
@@ -186,6 +187,11 @@ def own_world(folder, path, size=None, frames=None):
         raise UserError(f"{path} {told}")
     size, frames = size or trained.get("size"), frames or trained.get("frames")
     return OwnClips(folder, tuple(size or (SIZE, SIZE)), frames or FRAMES)
+
+
+def next_command(world, script, *given):
+    """Say how the stage after this one is started on the same world, but for a path at the end."""
+    return shlex.join([script, *world.flags, *given])
 
 
 def spread(clips, count):

@@ -165,7 +165,7 @@ def main():
     add("--causal-scores", action="store_true", help=told)
     told = "what it denoises: noised data, CausVid, or noise, from its own cache, Self Forcing"
     add("--rollout", choices=["data", "self"], default="data", help=told)
-    flags.data_flags(parser, clips=3072)
+    add("--clips", type=flags.whole(), help="of the shapes world to train on (3072)")
     args = parser.parse_args()
     weights.check_role(args.teacher, "causal teacher" if args.causal_scores else "teacher")
     codecs = made_with(args.student, *made_with(args.teacher, args.vae, args.text_encoder))

@@ -361,11 +361,11 @@ def vocabulary():
     return sorted(set(re.findall(r"\w+", " ".join([*names, wordings, "an"]))))
 
 
-def say_what_is_unknown(prompts, limit, captions=None):
+def say_what_is_unknown(prompts, limit, path=None):
     """Print the words of prompts that no training prompt has, and prompts longer than the limit.
-    captions: the words of training prompts, if not of the shapes world. Raises UserError for a
-    prompt without any word."""
-    known = vocabulary() if captions is None else captions
+    path: the model's weights; those of one's own clips name the words of their captions. Raises
+    UserError for a prompt without any word."""
+    known = (own_clips(path) if path else {}).get("words", vocabulary())
     for prompt in dict.fromkeys(prompts):
         found = split(prompt)
         unknown = [word for word in found if word not in known]
@@ -390,13 +390,10 @@ def say_what_is_late(changes, frames, chunk, stride):
 
 
 # ---------------------------------------------------------------------------- training scripts
-def data_flags(parser, clips=None):
-    """Add the flags that name one's own clips in place of the shapes world, and --clips, how many
-    are drawn of that, where it has a default."""
+def data_flags(parser):
+    """Add the flags that name one's own clips in place of the shapes world."""
     add = parser.add_argument
-    parser.set_defaults(clips=None)
-    if clips:
-        add("--clips", type=whole(), help=f"of the shapes world to train on ({clips})")
+    parser.set_defaults(clips=None)  # which the stages have that draw many of the shapes world
     told = "a folder of clips, with captions beside them, to train on (the shapes world)"
     add("--data", type=folder, metavar="DIR", help=told)
     told = "of --data's clips in pixels (those of the weights that are trained on; 64 64)"
@@ -438,5 +435,6 @@ def model_parser(description, steps, batch_size, lr, out):
     add("--window", type=whole(1, 1000), help=told)
     told = "denoising steps of the student (the weights' own)"
     add("--student-steps", type=whole(1, 1000), help=told)
+    data_flags(parser)
     codec_flags(parser)
     return parser

@@ -7,7 +7,6 @@
 import launch
 import math
 import os
-import shlex
 
 import torch
 from torch.nn import functional as F
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 import flags
 import training
 import weights
-from dataset import kept_in, training_world
+from dataset import kept_in, next_command, training_world
 from diffusion import solve_teacher
 from evaluate import fixed_sheet
 from model import DiT
@@ -81,7 +80,6 @@ def main():
     add("--trajectories", type=flags.whole(), default=448, help="how many")
     told = "steps of the ODE solver"
     add("--solver-steps", type=flags.whole(1, 1000), default=12, help=told)
-    flags.data_flags(parser)
     args = parser.parse_args()
     weights.check_role(args.teacher, "teacher")
     codecs = made_with(args.teacher, args.vae, args.text_encoder)
@@ -98,14 +96,14 @@ def main():
     check_fit(student, vae, encoder)
     grid = student_grid(args.solver_steps, student.config)
     draw = world.prompter(vae, student.config.patch_size)
-    key = file_hash(args.teacher, args.text_encoder)
+    key = file_hash(args.teacher, args.text_encoder) + world.key
     count, shape = -(-args.trajectories // 16), vae.latent_shape(world.frames, *world.size)
 
     def make(first):
         how = (args.solver_steps, grid, shape, run.device)
         return make_trajectories(averaged, encoder, draw, range(first, count), *how)
 
-    name = f"{key}{world.key}-{args.trajectories}-{args.solver_steps}-{student.config.steps}.pt"
+    name = f"{key}-{args.trajectories}-{args.solver_steps}-{student.config.steps}.pt"
     told = f"solving {16 * count:,} ODEs"
     kinds = {"states": torch.Tensor, "prompts": list}
     path = os.path.join("runs", "trajectories", name)
@@ -134,7 +132,7 @@ def main():
     state = {"student": student, "ema": ema, "optimizer": optimizer}
     seconds = training.train(run, state, step, sheet)
     if seconds is not None:
-        then = shlex.join(["dmd.py", *world.flags, "--teacher", args.teacher, "--student"])
+        then = next_command(world, "dmd.py", "--teacher", args.teacher, "--student")
         parts = (ema.shadow, student.config, seconds, codecs, then)
         origin = {"stage": "ODE-initialised student", **world.origin}
         training.write_transformer(run, "ode_init", *parts, **origin)

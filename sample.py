@@ -165,8 +165,7 @@ def main():
         many, guidance = wan.TEACHER_STEPS, wan.GUIDANCE
     else:
         prompts = args.prompts or [text for _, text in args.changes]
-        known = weights.own_clips(path).get("words")
-        flags.say_what_is_unknown(prompts, encoder.config.words, known)
+        flags.say_what_is_unknown(prompts, encoder.config.words, path)
     flags.check_size(size, vae.space_stride, model.config.patch_size)
 
     def make(text, generator):

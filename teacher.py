@@ -6,14 +6,13 @@ python teacher.py --causal      makes a causal many-step teacher of the shipped 
 
 import launch
 import copy
-import shlex
 
 import torch
 from torch import nn
 
 import flags
 import training
-from dataset import training_world
+from dataset import next_command, training_world
 from diffusion import draw_times, flow_matching_loss
 from evaluate import fixed_sheet
 from model import DiT
@@ -126,7 +125,7 @@ def train_causal(run, model, encoder, vae, data, world):
 def main():
     parser = flags.model_parser("Train teacher and text encoder.", 3000, 8, 5e-3, "runs/teacher")
     add = parser.add_argument
-    flags.data_flags(parser, clips=3072)
+    add("--clips", type=flags.whole(), help="of the shapes world to train on (3072)")
     told = "small, or a JSON file with fields of ModelConfig"
     add("--config", default="small", type=flags.words, help=told)
     told = "train a causal teacher: block-causal attention and a time for each chunk"
@@ -149,18 +148,17 @@ def main():
         encoder = load_model(TextEncoder, args.text_encoder, run.device).requires_grad_(False)
     else:
         encoder = TextEncoder(TextConfig(config.text_dim, world.words)).to(run.device)
-    length = vae.latent_shape(world.frames, *world.size)[0]
-    given = (args.chunk, args.window, args.student_steps, length)
-    model.config = training.causal_config(model.config, *given)
     check_fit(model, vae, encoder)
     data = world.latents(vae, model.config.patch_size)
+    given = (args.chunk, args.window, args.student_steps, data.frames)
+    model.config = training.causal_config(model.config, *given)
     parts = (run, model, encoder, vae, data, world)
     averaged, seconds = train_causal(*parts) if args.causal else train_bidirectional(*parts)
     if seconds is None:
         return
-    name, then = "teacher", shlex.join(["ode_init.py", *world.flags, "--teacher"])
+    name, then = "teacher", next_command(world, "ode_init.py", "--teacher")
     if args.causal:
-        name, then = "causal_teacher", shlex.join(["evaluate.py", *world.flags, "--causal"])
+        name, then = "causal_teacher", next_command(world, "evaluate.py", "--causal")
     if not args.text_encoder:
         tensors = averaged[1].state_dict()
         written = training.write_trained(run, "text_encoder", tensors, encoder.config, seconds)

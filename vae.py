@@ -11,7 +11,6 @@ the next one: F = 1 + 4 (T - 1).
 import launch
 import copy
 import math
-import shlex
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 import flags
 import training
-from dataset import training_world
+from dataset import next_command, training_world
 from media import save_sheet
 from model import ModelConfig
 
@@ -243,7 +242,7 @@ def train_vae(run, name, vae, world, begin=0.0):
         origin = world.origin | {"quality": f"PSNR {watched:.2f} dB"}
         print(origin["quality"])
         script = "teacher.py" if vae.config.time_stride > 1 else "nfd_teacher.py"
-        then = shlex.join([script, *world.flags, "--vae"])
+        then = next_command(world, script, "--vae")
         parts = (averaged.state_dict(), vae.config, seconds, then)
         training.write_trained(run, name, *parts, **origin)
 
