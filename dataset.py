@@ -134,7 +134,8 @@ class Shapes:
     """The shapes world as the training scripts see it; `OwnClips` has the same face."""
 
     own, size, frames, words = False, (SIZE, SIZE), FRAMES, TextConfig.words
-    example, flags, origin, key = PROMPT, [], {}, ""
+    flags, origin, key = [], {}, ""
+    sampled = f'sample.py --prompt "{PROMPT}" --weights'
 
     def __init__(self, count=3072):
         self.count = count
@@ -211,7 +212,8 @@ class OwnClips:
         self.flags, known = ["--data", folder], [split(caption) for caption in self.captions]
         told = repr((sorted(zip(self.names, self.captions, strict=True)), size, frames))
         self.key = f"-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-        self.example = next((c for c in self.captions if split(c)), PROMPT)
+        example = next((c for c in self.captions if split(c)), PROMPT)
+        self.sampled = shlex.join(["sample.py", "--prompt", example, "--weights"])
         self.words = max([TextConfig.words, *(min(len(words), 64) for words in known)])
         self.origin = {"size": f"{size[0]} {size[1]}", "frames": frames}
         self.origin["words"] = " ".join(sorted({word for words in known for word in words}))

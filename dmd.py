@@ -5,7 +5,6 @@ python dmd.py       distils the shipped teacher into the shipped ODE-initialised
 
 import launch
 import copy
-import shlex
 
 import torch
 from torch.nn import functional as F
@@ -203,8 +202,7 @@ def main():
 
     seconds = training.train(run, distillation.state(), step, sheet)
     if seconds is not None:
-        then = shlex.join(["sample.py", "--prompt", world.example, "--weights"])
-        parts = (distillation.ema.shadow, student.config, seconds, codecs, then)
+        parts = (distillation.ema.shadow, student.config, seconds, codecs, world.sampled)
         training.write_transformer(run, "student", *parts, **world.origin)
 
 
