@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 
 SIZE, FPS, FRAMES = 64, 16, 81
+PROMPT = "a red circle bouncing on a black background"
 
 COLOURS = {
     "red": (220, 50, 47),

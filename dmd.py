@@ -12,12 +12,12 @@ from torch.nn import functional as F
 import flags
 import training
 import weights
-from dataset import LatentClips, training_clips
+from dataset import training_world
 from diffusion import GUIDANCE, flow_matching_loss, guided_v, noise_source, with_null
 from evaluate import fixed_sheet
 from model import DiT
 from ode_init import chunk_levels
-from sample import PROMPT, denoise_chunk, predict_x0, remember_chunk
+from sample import denoise_chunk, predict_x0, remember_chunk
 from text import TextEncoder
 from vae import VAE
 from weights import check_fit, load_model, made_with, shipped
@@ -164,11 +164,12 @@ def main():
     add("--causal-scores", action="store_true", help=told)
     told = "what it denoises: noised data, CausVid, or noise, from its own cache, Self Forcing"
     add("--rollout", choices=["data", "self"], default="data", help=told)
-    add("--clips", type=flags.whole(), default=3072, help="clips to train on")
+    add("--clips", type=flags.whole(), help="of the shapes world to train on (3072)")
     args = parser.parse_args()
     weights.check_role(args.teacher, "causal teacher" if args.causal_scores else "teacher")
     codecs = made_with(args.student, *made_with(args.teacher, args.vae, args.text_encoder))
     args.vae, args.text_encoder = codecs
+    world = training_world(args, args.teacher)
     run = training.start_run(args)
     vae = load_model(VAE, args.vae, run.device)
     encoder = load_model(TextEncoder, args.text_encoder, run.device)
@@ -178,7 +179,7 @@ def main():
     student.config = training.causal_config(student.config, *given)
     check_fit(teacher, vae, encoder)
     check_fit(student, vae, encoder)
-    data = LatentClips(vae, training_clips(args.clips))
+    data = world.latents(vae, student.config.patch_size)
     averaged = copy.deepcopy(student).eval()
     generate = rollout_x0 if args.rollout == "self" else student_x0
     scores = (args.guidance, args.fake_updates, args.causal_scores)
@@ -197,14 +198,12 @@ def main():
 
     def sheet(path):
         averaged.load_state_dict(distillation.ema.shadow)
-        return fixed_sheet("student", averaged, vae, encoder, path)
+        return fixed_sheet("student", averaged, vae, encoder, path, world)
 
     seconds = training.train(run, distillation.state(), step, sheet, [teacher, averaged])
     if seconds is not None:
-        parts = (distillation.ema.shadow, student.config, seconds, codecs)
-        training.write_transformer(
-            run, "student", *parts, f'sample.py --prompt "{PROMPT}" --weights'
-        )
+        parts = (distillation.ema.shadow, student.config, seconds, codecs, world.sampled)
+        training.write_transformer(run, "student", *parts, **world.origin)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Everything is measured from the pixels alone (metrics.py).
 
     python evaluate.py      samples the shipped teacher and student with held-out prompts
+    python evaluate.py --data DIR --student FILE    measures on held-out clips of one's own
 """
 
 import launch
@@ -21,13 +22,15 @@ from tqdm import tqdm
 import flags
 import sample
 import weights
-from data import FPS, FRAMES, MOTIONS, sample_clips
+from clip_metrics import drift, loss_by_time
+from data import FPS, FRAMES, MOTIONS, SIZE, sample_clips
+from dataset import own_world
 from diffusion import TEACHER_STEPS, noise_source, with_null
 from media import save_sheet
 from metrics import Recovered, diversity, fixed_set, health, measure, recover
 from model import DiT
 from text import TextEncoder
-from vae import VAE
+from vae import VAE, mean_psnr
 from weights import ROOT, UserError, check_fit, load_model, provenance, replace_file, shipped
 
 SPAN = 5 * FPS  # frames of a window of `over_time`
@@ -57,39 +60,50 @@ def write_results(out, result, text):
 
 
 # -------------------------------------------------------------------------------------- sampling
-def stream_guided(model, vae, text, generator, steps):
+def stream_guided(model, vae, text, generator, steps, size=(SIZE, SIZE)):
     """Stream the causal many-step model's videos, guided: see `sample.stream`."""
     noise, keys = noise_source(generator, text.device), model.text_keys(with_null(text))
-    shape = sample.chunk_shape(model, vae, len(text))
+    shape = sample.chunk_shape(model, vae, len(text), size)
     starts = sample.from_noise(noise, shape, model.schedule.timesteps(steps))
     cache = model.new_cache(2 * len(text), *shape[-2:])
     denoise = functools.partial(sample.solve_chunk, model)
     return sample.stream(model, vae, sample.prompt_at([(0, keys)]), starts, cache, denoise)
 
 
+def stream_of(kind, model, vae, text, generator, steps=TEACHER_STEPS, size=(SIZE, SIZE)):
+    """Stream the videos of a model of the kind "causal" or "student": see `make_videos`."""
+    if kind == "causal":
+        return stream_guided(model, vae, text, generator, steps, size)
+    return sample.text_to_video(model, vae, text, generator, size=size)
+
+
 @torch.no_grad()
-def make_videos(kind, model, vae, text, generator, frames=FRAMES, steps=TEACHER_STEPS):
-    """Sample videos [B, frames, 3, 64, 64] of embedded prompts text [B, S, text_dim].
+def make_videos(
+    kind, model, vae, text, generator, frames=FRAMES, steps=TEACHER_STEPS, size=(SIZE, SIZE)
+):
+    """Sample videos [B, frames, 3, H, W] of embedded prompts text [B, S, text_dim].
 
     kind: "teacher", bidirectional in many `steps`; "causal", as many, guided, chunk by chunk;
     "student", in few steps, chunk by chunk.
     """
     if kind == "teacher":
-        return sample.sample_teacher(model, vae, text, generator, frames, steps)[1]
-    if kind == "causal":
-        source = stream_guided(model, vae, text, generator, steps)
-    else:
-        source = sample.text_to_video(model, vae, text, generator)
-    parts = []
+        return sample.sample_teacher(model, vae, text, generator, frames, steps, size)[1]
+    source, parts = stream_of(kind, model, vae, text, generator, steps, size), []
     while sum(part.shape[1] for part in parts) < frames:
         parts.append(next(source)[1])
     return torch.cat(parts, dim=1)[:, :frames]
 
 
 @torch.no_grad()
-def fixed_sheet(kind, model, vae, encoder, path, steps=TEACHER_STEPS):
-    """Draw a sheet of `metrics.fixed_set` as a model makes it; -> its `health`."""
+def fixed_sheet(kind, model, vae, encoder, path, world, steps=TEACHER_STEPS):
+    """Draw a sheet of `metrics.fixed_set` as a model makes it; -> its `health`.
+    Of one's own clips it shows some of the captions, and there is nothing to measure."""
     clips, noise = fixed_set()
+    if world.own:
+        how = {"frames": world.frames, "steps": steps, "size": world.size}
+        text = encoder(world.some_captions(8))
+        save_sheet(make_videos(kind, model, vae, text, noise, **how), path)
+        return {}
     video = make_videos(kind, model, vae, encoder(clips.prompts()), noise, steps=steps)
     save_sheet(video, path)
     return health(video, clips)
@@ -159,14 +173,14 @@ def first_and_last(rows):
     return means
 
 
-def table(rows):
-    """Rows name -> measures as a markdown table."""
+def table(rows, digits=1):
+    """Rows name -> measures as a markdown table, with so many digits after the point."""
     # three make up the temporal quality; of each motion there is a table of its own
     hidden = ("identity", "steadiness", "track", "motions")
     columns = dict.fromkeys(c for row in rows.values() for c in row if c not in hidden)
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = [f"{row[c]:.1f}" if c in row else "" for c in columns]
+        cells = [f"{row[c]:.{digits}f}" if c in row else "" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -187,6 +201,31 @@ def draw_over_time(rows, path):
     axes[1].legend(fontsize=7, loc="lower center")  # where no line runs: this measure stays high
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+# ----------------------------------------------------------------------------- one's own clips
+def evaluate_own(jobs, load, args, device):
+    """Measure weights on held-out clips of one's own by `clip_metrics`: the tables of VAE, loss and
+    drift, each name -> measures. load(path) -> model, VAE and text encoder."""
+    tables, count = ({}, {}, {}), args.clips or 200
+    for name, kind, path in jobs:
+        model, vae, encoder = load(path)
+        world, frames = own_world(args.data, path), (args.seconds or 60) * FPS
+        data = world.latents(vae, model.config.patch_size)
+        world.prepare(vae, model.config.patch_size)
+        tables[0][name] = {"VAE PSNR, dB": mean_psnr(vae, world.each(count, device))}
+        if kind != "student":  # which predicts x0 at its own few times alone
+            c = model.config
+            attention = {"chunk": c.chunk, "window": c.window} if kind == "causal" else {}
+            tables[1][name] = loss_by_time(model, encoder, data, count, args.seed, **attention)
+        if kind != "teacher":  # which makes clips, and no stream
+            text, generator = encoder(world.some_captions(4)), torch.Generator()
+            chunks = stream_of(
+                kind, model, vae, text, generator.manual_seed(args.seed), size=world.size
+            )
+            for part, row in drift(chunks, frames, name).items():
+                tables[2][f"{name}, {part}"] = row
+    return [rows for rows in tables if rows]
 
 
 # --------------------------------------------------------------------------------- the ablation
@@ -229,6 +268,15 @@ def ablation_jobs(options):
 
 
 # ---------------------------------------------------------------------------------- command line
+def check_data(args):
+    """Raise UserError for flags that do not go with --data."""
+    for flag in ("ablation", "over_time", "split"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag.replace('_', '-')} does not go with --data")
+    if args.seconds and args.seconds < 20:
+        raise UserError("--seconds must be 20 at least: the first ten and the last are compared")
+
+
 def main():
     parser = flags.Parser("Measure what models make of held-out prompts.")
     add = parser.add_argument
@@ -245,7 +293,10 @@ def main():
     add("--train-options", help=told)
     told = "measure over a long stream, the paper's Figure 8; with matplotlib also a picture"
     add("--over-time", action="store_true", help=told)
-    add("--seconds", type=flags.whole(15, 10**6), help="length of --over-time (60)")
+    told = "length of the stream of --over-time or --data (60)"
+    add("--seconds", type=flags.whole(15, 10**6), help=told)
+    told = "a folder of held-out clips, with captions, for weights trained on one's own clips"
+    add("--data", type=flags.folder, metavar="DIR", help=told)
     told = "of each model (200; with --over-time 20)"
     add("--clips", type=flags.whole(), help=told)
     told = "the prompts' combinations"
@@ -257,7 +308,11 @@ def main():
     told = "FILE: writes FILE.json and FILE.md, and with --over-time FILE.png"
     add("--out", default="runs/evaluate", type=flags.results, help=told)
     args = parser.parse_args()
-    flags.check_needed(args, seconds="over_time", train_options="ablation")
+    flags.check_needed(args, train_options="ablation")
+    if args.data:
+        check_data(args)
+    else:
+        flags.check_needed(args, seconds="over_time")
     named = [kind for kind in ROLES if getattr(args, kind) is not None]
     if args.ablation and named:
         raise UserError(f"--{named[0]} does not go with --ablation, which has its own weights")
@@ -274,6 +329,8 @@ def main():
             paths = [shipped(kind)]
         for path in paths or []:
             weights.check_role(path, role)
+            if not args.data and weights.own_clips(path):
+                raise UserError(f"{path} was trained on one's own clips: give others by --data DIR")
             jobs.append((f"{kind} {os.path.relpath(path)}", kind, path))
     if args.ablation:
         jobs = ablation_jobs(shlex.split(args.train_options or ""))
@@ -284,13 +341,22 @@ def main():
         jobs = [job for job in jobs if job[1] != "teacher"]
     if not jobs:
         raise UserError("there is nothing to measure: name --student or --causal weights")
-    rows = {}
-    for name, kind, path in jobs:
+
+    def load(path):
         files = weights.made_with(path, args.vae, args.text_encoder)
         networks = zip((DiT, VAE, TextEncoder), (path, *files), strict=True)
         parts = [load_model(network, file, device) for network, file in networks]
         check_fit(*parts)
-        parts = [parts[0].to(dtype), parts[1].to(dtype), parts[2]]
+        return parts[0].to(dtype), parts[1].to(dtype), parts[2]
+
+    if args.data:
+        tables = evaluate_own(jobs, load, args, device)
+        told = {"data": args.data, "seed": args.seed, "dtype": str(dtype), "rows": tables}
+        write_results(args.out, told, "\n\n".join(table(rows, 3) for rows in tables))
+        return
+    rows = {}
+    for name, kind, path in jobs:
+        parts = load(path)
         if args.over_time:
             rows[name] = over_time(kind, *parts, seconds, count, args.seed, name=name)
         else:

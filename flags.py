@@ -15,7 +15,7 @@ from data import BACKGROUNDS, COLOURS, FPS, FRAMES, MOTIONS, SHAPES, WORDINGS
 from diffusion import TEACHER_STEPS
 from media import check_out, read_prompts
 from text import split
-from weights import UserError, is_public, shipped
+from weights import UserError, is_public, own_clips, shipped
 
 
 # -------------------------------------------------------------------------------------- the parser
@@ -109,6 +109,13 @@ def source(text):
 def parts(text):
     """A flag's type: a file that can be read, or a folder with the files of a public network."""
     return text if os.path.isdir(words(text)) else source(text)
+
+
+def folder(text):
+    """A flag's type: a folder that can be read."""
+    if not os.path.isdir(words(text)) or not os.access(text, os.R_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text} is not a folder that can be read")
+    return text
 
 
 def picture(text):
@@ -226,7 +233,7 @@ def sample_args(example):
     add("--steps", type=whole(1, 1000), help=told)
     told = "chunks that a chunk attends to, itself included (the weights' own)"
     add("--window", type=whole(1, 1000), help=told)
-    told = f"sample a bidirectional many-step teacher, at most {FRAMES} frames (the shipped)"
+    told = "sample a bidirectional many-step teacher, at most as long as its clips (the shipped)"
     teacher = {"nargs": "?", "const": shipped("teacher"), "metavar": "FILE", "type": parts}
     add("--teacher", help=told, **teacher)
     add("--weights", type=parts, default=shipped("student"), help="weights of the student")
@@ -236,12 +243,13 @@ def sample_args(example):
     args = parser.parse_args()
     check_combination(args, example)
     args.text_encoder = args.text_encoder or args.text_embedding
-    args.seconds = args.seconds or (None if args.video else 5.0)
+    longest = own_clips(args.teacher).get("frames", FRAMES) if args.teacher else FRAMES
+    args.seconds = args.seconds or (None if args.video else min(5.0, longest / FPS))
     args.prompt = args.prompt or args.text_embedding
     args.changes = prompt_changes(args.prompt, args.prompt_at, args.seconds or math.inf)
     args.frames = args.seconds and max(1, round(args.seconds * FPS))
-    if args.teacher and args.frames > FRAMES:
-        raise UserError(f"the teacher makes at most {FRAMES} frames, {FRAMES / FPS:.2f} seconds")
+    if args.teacher and args.frames > longest:
+        raise UserError(f"the teacher makes at most {longest} frames, {longest / FPS:.2f} seconds")
     if args.prompts:
         args.prompts = read_prompts(args.prompts)
         args.out = args.out or "samples"
@@ -314,6 +322,16 @@ def check_size(size, stride, patch):
             raise UserError(f"--size must be multiples of {stride * cut}, not {side}")
 
 
+def check_frames(frames, stride):
+    """Raise UserError for a number of frames that is not that of 3 latent frames or more."""
+    least, below = 1 + 2 * stride, frames - (frames - 1) % stride
+    if frames < least or frames != below:
+        near = " or ".join(str(max(n, least)) for n in sorted({below, below + stride}))
+        near = str(least) if frames < least else near
+        told = f"--frames must be 1 + {stride} n, at least {least}"
+        raise UserError(f"{told}: {near}, not {frames}")
+
+
 def prompt_changes(prompt, changes, end):
     """Put --prompt and every --prompt-at in the order of time: [(seconds, text)]."""
     found = {0.0: prompt}
@@ -343,10 +361,11 @@ def vocabulary():
     return sorted(set(re.findall(r"\w+", " ".join([*names, wordings, "an"]))))
 
 
-def say_what_is_unknown(prompts, limit):
+def say_what_is_unknown(prompts, limit, path=None):
     """Print the words of prompts that no training prompt has, and prompts longer than the limit.
-    Raises UserError for a prompt without any word."""
-    known = vocabulary()
+    path: the model's weights; those of one's own clips name the words of their captions. Raises
+    UserError for a prompt without any word."""
+    known = (own_clips(path) if path else {}).get("words", vocabulary())
     for prompt in dict.fromkeys(prompts):
         found = split(prompt)
         unknown = [word for word in found if word not in known]
@@ -354,7 +373,7 @@ def say_what_is_unknown(prompts, limit):
             raise UserError(f"{prompt!r} has no word in it")
         if unknown:
             print(f"{prompt!r}: the text encoder takes {', '.join(unknown)} for words it knows:")
-            print(", ".join(known))
+            print(", ".join(known) if len(known) <= 200 else f"the {len(known):,} of the captions")
         if len(found) > limit:
             print(f"{prompt!r}: only the first {limit} words count")
 
@@ -371,6 +390,18 @@ def say_what_is_late(changes, frames, chunk, stride):
 
 
 # ---------------------------------------------------------------------------- training scripts
+def data_flags(parser):
+    """Add the flags that name one's own clips in place of the shapes world."""
+    add = parser.add_argument
+    parser.set_defaults(clips=None)  # which the stages have that draw many of the shapes world
+    told = "a folder of clips, with captions beside them, to train on (the shapes world)"
+    add("--data", type=folder, metavar="DIR", help=told)
+    told = "of --data's clips in pixels (those of the weights that are trained on; 64 64)"
+    add("--size", nargs=2, type=whole(16, 4096), metavar=("H", "W"), help=told)
+    told = "of a piece of --data's clips, at 16 a second (those of the weights; 81)"
+    add("--frames", type=whole(1, 99_999), help=told)
+
+
 def training_parser(description, steps, batch_size, lr, out):
     """The flags that every training script has, with its defaults."""
     parser = Parser(description)
@@ -411,5 +442,6 @@ def model_parser(description, steps, batch_size, lr, out):
     add("--window", type=whole(1, 1000), help=told)
     told = "denoising steps of the student (the weights' own)"
     add("--student-steps", type=whole(1, 1000), help=told)
+    data_flags(parser)
     codec_flags(parser)
     return parser

@@ -90,7 +90,7 @@ def read_video(path, size=(SIZE, SIZE)):
     """Stream a video: (frames [3, H, W] in [-1, 1] at 16 a second, about how many or None)"""
     try:
         found, seconds, _, whole = _look(path)
-        frames = _decode(path, size)
+        frames = decode(path, size)
         first = next(frames)
     except (OSError, ValueError, StopIteration) as error:
         raise UserError(f"cannot read a video from {path!r}: {_reason(error)}") from None
@@ -141,7 +141,7 @@ def _look(path):
     return f"{width} x {height} at {rate} frames/s", seconds, len(times), not damaged
 
 
-def _decode(path, size):
+def decode(path, size):
     """Decode a video to frames [3, H, W], which ffmpeg turns upright, scales and crops."""
     height, width = size
     cover = f"scale='max({width},round({height}*dar))':'max({height},round({width}/dar))'"

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import flags
 import training
+from dataset import Shapes
 from vae import VAE, train_vae
 from weights import load_model, shipped
 
@@ -35,7 +36,7 @@ def main():
         flags.training_parser(description, 400, 8, 1e-3, "runs/vae_frame").parse_args()
     )
     vae = frame_wise(load_model(VAE, shipped("vae"), run.device))
-    train_vae(run, "vae_frame", vae, begin=1.0)
+    train_vae(run, "vae_frame", vae, Shapes(), begin=1.0)
 
 
 if __name__ == "__main__":

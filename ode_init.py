@@ -7,7 +7,6 @@
 import launch
 import math
 import os
-import shlex
 
 import torch
 from torch.nn import functional as F
@@ -15,8 +14,7 @@ from torch.nn import functional as F
 import flags
 import training
 import weights
-from data import FRAMES, SIZE, sample_clips
-from dataset import kept_in
+from dataset import kept_in, next_command, training_world
 from diffusion import solve_teacher
 from evaluate import fixed_sheet
 from model import DiT
@@ -39,14 +37,14 @@ def student_grid(solver_steps, student):
 
 
 @torch.no_grad()
-def make_trajectories(teacher, encoder, parts, solver_steps, grid, shape, device, batch=16):
-    """Solve the teacher's guided ODE from noises of `shape` [T, C, h, w] under random training
-    prompts, in parts of `batch`; parts: the numbers of those that are wanted. grid: of
-    `student_grid`. Yields the states at the student's times, noise first and x0 last,
+def make_trajectories(teacher, encoder, draw, parts, solver_steps, grid, shape, device, batch=16):
+    """Solve the teacher's guided ODE from noises of `shape` [T, C, h, w] under training prompts,
+    draw(batch, generator), in parts of `batch`; parts: the numbers of those that are wanted. grid:
+    of `student_grid`. Yields the states at the student's times, noise first and x0 last,
     [batch, N + 1, T, C, h, w] in bf16, and the prompts."""
     generator = torch.Generator().manual_seed(0)
     for part in range(parts.stop):
-        prompts = sample_clips(batch, generator).prompts(generator)
+        prompts = draw(batch, generator)
         noise = torch.randn(batch, *shape, generator=generator)  # drawn for all parts alike
         if part in parts:
             solved = solve_teacher(teacher, noise.to(device), encoder(prompts), solver_steps)[grid]
@@ -86,6 +84,7 @@ def main():
     weights.check_role(args.teacher, "teacher")
     codecs = made_with(args.teacher, args.vae, args.text_encoder)
     args.vae, args.text_encoder = codecs
+    world = training_world(args, args.teacher)
     run = training.start_run(args)
     vae = load_model(VAE, args.vae, run.device)
     encoder = load_model(TextEncoder, args.text_encoder, run.device)
@@ -96,13 +95,13 @@ def main():
     averaged.config = student.config
     check_fit(student, vae, encoder)
     grid = student_grid(args.solver_steps, student.config)
-    key = file_hash(args.teacher, args.text_encoder)
-
-    count, shape = -(-args.trajectories // 16), vae.latent_shape(FRAMES, SIZE, SIZE)
+    draw = world.prompter(vae, student.config.patch_size)
+    key = file_hash(args.teacher, args.text_encoder) + world.key
+    count, shape = -(-args.trajectories // 16), vae.latent_shape(world.frames, *world.size)
 
     def make(first):
         how = (args.solver_steps, grid, shape, run.device)
-        return make_trajectories(averaged, encoder, range(first, count), *how)
+        return make_trajectories(averaged, encoder, draw, range(first, count), *how)
 
     name = f"{key}-{args.trajectories}-{args.solver_steps}-{student.config.steps}.pt"
     told = f"solving {16 * count:,} ODEs"
@@ -128,14 +127,15 @@ def main():
 
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        return fixed_sheet("student", averaged, vae, encoder, path)
+        return fixed_sheet("student", averaged, vae, encoder, path, world)
 
     state = {"student": student, "ema": ema, "optimizer": optimizer}
     seconds = training.train(run, state, step, sheet, [averaged])
     if seconds is not None:
-        then = shlex.join(["dmd.py", "--teacher", args.teacher, "--student"])
+        then = next_command(world, "dmd.py", "--teacher", args.teacher, "--student")
         parts = (ema.shadow, student.config, seconds, codecs, then)
-        training.write_transformer(run, "ode_init", *parts, stage="ODE-initialised student")
+        origin = {"stage": "ODE-initialised student", **world.origin}
+        training.write_transformer(run, "ode_init", *parts, **origin)
 
 
 if __name__ == "__main__":

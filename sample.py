@@ -16,15 +16,13 @@ from tqdm import tqdm
 
 import flags
 import weights
-from data import FPS, SIZE
+from data import FPS, PROMPT, SIZE
 from diffusion import GUIDANCE, TEACHER_STEPS, guided_v, noise_source, solve_ode, solve_teacher
 from media import pieces, read_image, read_video, until_interrupted, write_many, write_videos
 from model import DiT
 from text import TextEncoder
 from vae import VAE
 from weights import check_fit, load_model
-
-PROMPT = "a red circle bouncing on a black background"
 
 
 # -------------------------------------------------------------------------------- chunk by chunk
@@ -167,7 +165,7 @@ def main():
         many, guidance = wan.TEACHER_STEPS, wan.GUIDANCE
     else:
         prompts = args.prompts or [text for _, text in args.changes]
-        flags.say_what_is_unknown(prompts, encoder.config.words)
+        flags.say_what_is_unknown(prompts, encoder.config.words, path)
     flags.check_size(size, vae.space_stride, model.config.patch_size)
 
     def make(text, generator):

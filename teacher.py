@@ -12,7 +12,7 @@ from torch import nn
 
 import flags
 import training
-from dataset import LatentClips, training_clips
+from dataset import next_command, training_world
 from diffusion import draw_times, flow_matching_loss
 from evaluate import fixed_sheet
 from model import DiT
@@ -64,7 +64,7 @@ def drop_prompts(text, generator):
 
 
 # -------------------------------------------------------------------------------------- training
-def train_teacher(run, model, encoder, vae, data, shape, times, kind, attention):
+def train_teacher(run, model, encoder, vae, data, world, shape, times, kind, attention):
     """Train a transformer and, if it takes gradients, the text encoder by flow matching.
 
     shape(i) -> (clips, latent frames) of step i; times(count, frames, generator) -> t; kind: how
@@ -89,7 +89,7 @@ def train_teacher(run, model, encoder, vae, data, shape, times, kind, attention)
 
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        return fixed_sheet(kind, averaged[0], vae, averaged[1], path, steps=8)
+        return fixed_sheet(kind, averaged[0], vae, averaged[1], path, world, steps=8)
 
     state = {"model": both, "ema": ema, "optimizer": optimizer}
     seconds = training.train(run, state, step, sheet, [averaged])
@@ -97,7 +97,7 @@ def train_teacher(run, model, encoder, vae, data, shape, times, kind, attention)
     return averaged, seconds
 
 
-def train_bidirectional(run, model, encoder, vae, data):
+def train_bidirectional(run, model, encoder, vae, data, world):
     """Train the paper's teacher: `train_teacher` without chunks."""
 
     def shape(i):
@@ -106,10 +106,10 @@ def train_bidirectional(run, model, encoder, vae, data):
     def times(count, frames, generator):
         return draw_clip_times(count, frames, model.schedule, generator)
 
-    return train_teacher(run, model, encoder, vae, data, shape, times, "teacher", {})
+    return train_teacher(run, model, encoder, vae, data, world, shape, times, "teacher", {})
 
 
-def train_causal(run, model, encoder, vae, data):
+def train_causal(run, model, encoder, vae, data, world):
     """Train a causal many-step teacher on whole clips: block-causal, with a time for each chunk."""
     chunk, window = model.config.chunk, model.config.window
 
@@ -120,13 +120,13 @@ def train_causal(run, model, encoder, vae, data):
         return draw_chunk_times(count, frames, chunk, model.schedule, generator)
 
     attention = {"chunk": chunk, "window": window}
-    return train_teacher(run, model, encoder, vae, data, shape, times, "causal", attention)
+    return train_teacher(run, model, encoder, vae, data, world, shape, times, "causal", attention)
 
 
 def main():
     parser = flags.model_parser("Train teacher and text encoder.", 3000, 8, 5e-3, "runs/teacher")
     add = parser.add_argument
-    add("--clips", type=flags.whole(), default=3072, help="clips to train on")
+    add("--clips", type=flags.whole(), help="of the shapes world to train on (3072)")
     told = "small, or a JSON file with fields of ModelConfig"
     add("--config", default="small", type=flags.words, help=told)
     told = "train a causal teacher: block-causal attention and a time for each chunk"
@@ -141,30 +141,30 @@ def main():
     if args.causal:
         args.vae, args.text_encoder = made_with(start, args.vae, args.text_encoder)
     args.vae = args.vae or shipped("vae")
+    world = training_world(args, start if args.causal else args.vae)
     run = training.start_run(args)
     model = load_model(DiT, start, run.device) if args.causal else DiT(config).to(run.device)
     vae = load_model(VAE, args.vae, run.device)
     if args.text_encoder:
         encoder = load_model(TextEncoder, args.text_encoder, run.device).requires_grad_(False)
     else:
-        encoder = TextEncoder(TextConfig(text_dim=config.text_dim)).to(run.device)
-    given = (args.chunk, args.window, args.student_steps)
-    model.config = training.causal_config(model.config, *given)
+        encoder = TextEncoder(TextConfig(config.text_dim, world.words)).to(run.device)
     check_fit(model, vae, encoder)
-    data = LatentClips(vae, training_clips(args.clips))
-    parts = (run, model, encoder, vae, data)
+    data = world.latents(vae, model.config.patch_size)
+    given = (args.chunk, args.window, args.student_steps, data.frames)
+    model.config = training.causal_config(model.config, *given)
+    parts = (run, model, encoder, vae, data, world)
     averaged, seconds = train_causal(*parts) if args.causal else train_bidirectional(*parts)
     if seconds is None:
         return
-    name, then = "teacher", "ode_init.py --teacher"
+    name, then = "teacher", next_command(world, "ode_init.py", "--teacher")
     if args.causal:
-        name, then = "causal_teacher", "evaluate.py --causal"
+        name, then = "causal_teacher", next_command(world, "evaluate.py", "--causal")
     if not args.text_encoder:
-        tensors = averaged[1].state_dict()
-        written = training.write_trained(run, "text_encoder", tensors, encoder.config, seconds)
-        args.text_encoder = written
+        parts = ("text_encoder", averaged[1].state_dict(), encoder.config, seconds)
+        args.text_encoder = training.write_trained(run, *parts)
     parts, codecs = (averaged[0].state_dict(), model.config), (args.vae, args.text_encoder)
-    training.write_transformer(run, name, *parts, seconds, codecs, then)
+    training.write_transformer(run, name, *parts, seconds, codecs, then, **world.origin)
 
 
 if __name__ == "__main__":

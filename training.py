@@ -80,7 +80,7 @@ def read_settings(args):
     """All flags but --out and --resume, as a checkpoint keeps them: a file by its contents."""
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "dry_run")}
     for name, value in settings.items():
-        if isinstance(value, str) and os.path.isfile(value):
+        if isinstance(value, str) and (os.path.isfile(value) or name == "data"):
             settings[name] = f"with contents {weights.file_hash(value)}"
     return settings
 
@@ -192,9 +192,12 @@ def read_config(path):
         raise UserError(f"--config {path} is not a model's config: {error}") from None
 
 
-def causal_config(config, chunk, window, steps):
+def causal_config(config, chunk, window, steps, frames=None):
     """Change a model's chunk, window and student steps where they are given.
-    The weights carry the result, and the sampler follows it. Raises UserError for less than 1."""
+    The weights carry the result, and the sampler follows it. Raises UserError for less than 1.
+    frames: latent frames of the training clips; a window of its own is no longer than they are."""
+    if frames and not window:
+        window = max(1, min(config.window, frames // (chunk or config.chunk)))
     given = {"chunk": chunk, "window": window, "steps": steps}
     given = {k: v for k, v in given.items() if v is not None}
     if steps and steps != config.steps:

@@ -10,6 +10,7 @@ the next one: F = 1 + 4 (T - 1).
 
 import launch
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from torch.nn import functional as F
 
 import flags
 import training
-from data import FRAMES, sample_clips
+from dataset import next_command, training_world
 from media import save_sheet
+from model import ModelConfig
 
 
 @dataclass
@@ -183,14 +185,9 @@ def psnr(a, b):
 
 
 @torch.no_grad()
-def held_out_psnr(vae, count=8, batch=8, seed=1234):
-    """Mean PSNR in dB of whole held-out clips, reconstructed from the posterior mean."""
-    generator, values = torch.Generator().manual_seed(seed), []
-    for _ in range(count // batch):
-        video = sample_clips(batch, generator, "held-out").to(vae.mean.device).render()
-        reconstructed = vae.decode(vae.encode(video))
-        values += [psnr(a, b) for a, b in zip(reconstructed, video, strict=True)]
-    return torch.stack(values).mean().item()
+def mean_psnr(vae, clips):
+    """Mean PSNR in dB of clips, each [F, 3, H, W], reconstructed from the posterior mean."""
+    return torch.stack([psnr(vae.decode(vae.encode(x[None]))[0], x) for x in clips]).mean().item()
 
 
 def vae_loss(vae, video, generator, kl_weight=1e-4):
@@ -213,16 +210,15 @@ def clip_shape(progress, batch_size):
     return -(-2 * batch_size // 3), 9
 
 
-def train_vae(run, name, vae, begin=0.0):
-    """Train a VAE, normalise its latents, and write OUT/NAME.safetensors.
+def train_vae(run, name, vae, world, begin=0.0):
+    """Train a VAE on a world of `dataset`, normalise its latents, and write OUT/NAME.safetensors.
     begin: the progress of `clip_shape` that the run begins at."""
     averaged, ema = copy.deepcopy(vae).eval(), training.EMA(vae, 0.998)
     optimizer = training.Muon(vae.parameters(), vae.parameters(), run.lr)
 
     def step(i, generator):
         count, frames = clip_shape(begin + (1 - begin) * i / run.steps, run.batch_size)
-        start = torch.randint(FRAMES - frames, (), generator=generator).item()
-        video = sample_clips(count, generator).to(run.device).render(start, frames)
+        video = world.video(count, frames, generator, run.device)
         with run.autocast():
             total, error = vae_loss(vae, video, generator)
         norm = training.optimise(optimizer, total)
@@ -232,8 +228,7 @@ def train_vae(run, name, vae, begin=0.0):
     @torch.no_grad()
     def sheet(path):
         averaged.load_state_dict(ema.shadow)
-        clips = sample_clips(4, torch.Generator().manual_seed(1), "held-out")
-        video = clips.to(run.device).render(0, 33)
+        video = world.watched(4, 1, run.device)[:, :33]
         pairs = torch.stack([video, averaged.decode(averaged.encode(video))], dim=1)
         save_sheet(pairs.flatten(0, 1), path)  # each clip above its reconstruction
         return {}
@@ -242,19 +237,26 @@ def train_vae(run, name, vae, begin=0.0):
     seconds = training.train(run, state, step, sheet, [averaged])
     if seconds is not None:
         averaged.load_state_dict(ema.shadow)
-        clips = sample_clips(64, torch.Generator().manual_seed(2))
-        averaged.normalise(clips.to(run.device).render(0, 33))
-        quality = f"held-out PSNR {held_out_psnr(averaged):.2f} dB"
-        print(quality)
-        tensors, config = averaged.state_dict(), vae.config
-        then = "teacher.py --vae" if config.time_stride > 1 else "nfd_teacher.py --vae"
-        training.write_trained(run, name, tensors, config, seconds, then, quality=quality)
+        shape = (-(-(2**18) // math.prod(world.size)), min(33, world.frames))  # few large clips
+        averaged.normalise(world.video(*shape, torch.Generator().manual_seed(2), run.device))
+        watched = mean_psnr(averaged, world.watched(8, 1234, run.device))
+        origin = world.origin | {"quality": f"PSNR {watched:.2f} dB"}
+        print(origin["quality"])
+        script = "teacher.py" if vae.config.time_stride > 1 else "nfd_teacher.py"
+        then = next_command(world, script, "--vae")
+        parts = (averaged.state_dict(), vae.config, seconds, then)
+        training.write_trained(run, name, *parts, **origin)
 
 
 def main():
     parser = flags.training_parser("Train the causal video autoencoder.", 5000, 8, 1e-2, "runs/vae")
-    run = training.start_run(parser.parse_args())
-    train_vae(run, "vae", VAE().to(run.device))
+    flags.data_flags(parser)
+    args = parser.parse_args()
+    world = training_world(args)
+    run = training.start_run(args)
+    vae = VAE().to(run.device)
+    world.prepare(vae, ModelConfig().patch_size)
+    train_vae(run, "vae", vae, world)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def file_hash(*paths):
         if os.path.isdir(path):  # of a large network: by its files' names and sizes
             sizes = [
                 (p[len(path) :], os.path.getsize(p))
-                for p in glob.glob(f"{path}/**/*.*", recursive=True)
+                for p in glob.glob(f"{glob.escape(path)}/**/*.*", recursive=True)
             ]
             key.update(repr(sorted(sizes)).encode())
             continue
@@ -230,7 +230,23 @@ def own_size(path):
         import wan
 
         return wan.SIZE
-    return SIZE, SIZE
+    return own_clips(path).get("size", (SIZE, SIZE))
+
+
+def own_clips(path):
+    """Read from a file's metadata what it was trained on: the size (H, W) and frames of a piece
+    and the words of all captions, or {} of the shapes world. Raises UserError."""
+    if is_public(path):
+        return {}
+    with opened(path) as file:
+        told = file.metadata() or {}
+    if "frames" not in told:
+        return {}
+    numbers = f"{told.get('size')} {told['frames']}"
+    if not re.fullmatch(r"[1-9]\d{0,4} [1-9]\d{0,4} [1-9]\d{0,4}", numbers, re.ASCII):
+        raise UserError(f"{path} was trained on clips of no size: {numbers[:40]!r}")
+    height, width, frames = map(int, numbers.split())
+    return {"size": (height, width), "frames": frames, "words": told.get("words", "").split()}
 
 
 def read_json(path):

@@ -7,6 +7,7 @@ from conftest import generator, tiny_model
 import evaluate
 import metrics
 import ode_init
+from dataset import Shapes
 from diffusion import Schedule
 from model import DiT, ModelConfig
 from ode_init import chunk_levels, make_trajectories, regression_loss, student_grid
@@ -69,7 +70,8 @@ def trajectories(teacher=None, solver_steps=8, student_steps=4, first=0):
     grid = student_grid(solver_steps, ModelConfig(steps=student_steps))
     how = (solver_steps, grid, (6, 8, 8, 8), "cpu")
     parts = range(first, 2)
-    made = list(make_trajectories(teacher or tiny_model(), encoder(), parts, *how, batch=2))
+    draw = Shapes().prompter(None, None)
+    made = list(make_trajectories(teacher or tiny_model(), encoder(), draw, parts, *how, batch=2))
     return torch.cat([part["states"] for part in made]), [
         p for part in made for p in part["prompts"]
     ]

@@ -14,8 +14,8 @@ from steps import (
     STAGES,
     TIMES,
     WINDOW,
+    FewShapes,
     by_hand,
-    few_clips,
     load,
     normal,
     on_tiny_networks,
@@ -200,7 +200,7 @@ def test_what_is_written_is_the_average(name, file, part, prefix, both_ways):
 @pytest.mark.parametrize(("name", "file"), [("vae", "vae"), ("frame vae", "vae_frame")])
 def test_a_trained_vae_is_written_with_normalised_latents(name, file, both_ways):
     vae = load_model(VAE, os.path.join(both_ways(name)[0].run.out, f"{file}.safetensors"))
-    latents = vae.encode(few_clips(64, generator(2)).render(0, 33))
+    latents = vae.encode(FewShapes().video(64, 33, generator(2)))
     assert latents.mean((0, 1, 3, 4)).abs().max() < 0.02
     assert (latents.std((0, 1, 3, 4)) - 1).abs().max() < 0.02
 
