@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from data import FPS
+from distributed import first_alone
 from media import decode, to_uint8
 from weights import UserError, opened, reason, written
 
@@ -174,6 +175,7 @@ def make_shards(paths, prefixes, size, frames, encode, told):
             bar.update(piece is None)
 
 
+@first_alone()  # of many processes one makes them
 def kept_pieces(folder, names, size, frames, encode, key):
     """Make what is missing of the pieces of a folder's clips: `Pieces`. Names the clips that are
     skipped. key: what `encode` depends on. Raises UserError if no clip is left."""
@@ -207,6 +209,21 @@ def clip_hash(folder, name):
     told = os.stat(os.path.join(folder, name))
     key = repr((name, told.st_size, told.st_mtime_ns))
     return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+class PlannedPieces:
+    """Stand in for pieces in a dry run, which has nothing to keep: frames of a shape."""
+
+    places = ((0, "", 0),)
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __len__(self):
+        return 1
+
+    def read(self, index, start, frames):
+        return torch.zeros(len(index), frames, *self.shape)
 
 
 class Pieces:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import flags
-from clips import before_training, find_clips, kept_pieces, say_once
+from clips import PlannedPieces, before_training, find_clips, kept_pieces, say_once
 from data import FRAMES, PROMPT, SIZE, sample_clips
 from distributed import first_alone
 from memory import Planning
@@ -228,13 +228,16 @@ class OwnClips:
         flags.check_size(self.size, vae.space_stride, patch)
         flags.check_frames(self.frames, vae.config.time_stride)
 
-    def kept(self, encode, key):
+    def kept(self, encode, key, shape):
+        """Keep what encode(piece) makes of the pieces, frames of a shape: see `kept_pieces`."""
+        if Planning.on:
+            return PlannedPieces(shape)
         return kept_pieces(self.folder, self.names, self.size, self.frames, encode, key)
 
     def prepare(self, vae, patch):
         """Keep the pixels of the clips, which `video` draws from. Raises UserError as `check`."""
         self.check(vae, patch)
-        self.pixels = self.kept(torch.clone, "pixels")
+        self.pixels = self.kept(torch.clone, "pixels", (*self.size, 3))
 
     def some_captions(self, count):
         """Choose the captions that training is watched with, from all over the folder."""
@@ -285,8 +288,8 @@ class OwnLatents:
             video = piece.to(mean.device).movedim(-1, -3)[None] / 127.5 - 1
             return vae.encode(video)[0].to("cpu", torch.bfloat16)
 
-        self.pieces = clips.kept(encode, network_hash(vae))
-        self.frames = vae.latent_shape(clips.frames, *clips.size)[0]
+        self.frames, *shape = vae.latent_shape(clips.frames, *clips.size)
+        self.pieces = clips.kept(encode, network_hash(vae), shape)
 
     def batch(self, count, frames, generator, device):
         """Draw random pieces of `frames` latent frames: (x0 [B, T, C, h, w], B captions)."""

@@ -10,7 +10,6 @@ the next one: F = 1 + 4 (T - 1).
 
 import launch
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -237,14 +236,13 @@ def train_vae(run, name, vae, world, begin=0.0):
     seconds = training.train(run, state, step, sheet, [averaged])
     if seconds is not None:
         averaged.load_state_dict(ema.shadow)
-        shape = (-(-(2**18) // math.prod(world.size)), min(33, world.frames))  # few large clips
+        shape = (-(-(2**18) // (world.size[0] * world.size[1])), min(33, world.frames))
         averaged.normalise(world.video(*shape, torch.Generator().manual_seed(2), run.device))
         watched = mean_psnr(averaged, world.watched(8, 1234, run.device))
         origin = world.origin | {"quality": f"PSNR {watched:.2f} dB"}
         print(origin["quality"])
         script = "teacher.py" if vae.config.time_stride > 1 else "nfd_teacher.py"
-        then = next_command(world, script, "--vae")
-        parts = (averaged.state_dict(), vae.config, seconds, then)
+        parts = (averaged.state_dict(), vae.config, seconds, next_command(world, script, "--vae"))
         training.write_trained(run, name, *parts, **origin)
 
 

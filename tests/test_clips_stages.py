@@ -12,6 +12,7 @@ from test_stages import run_script
 
 import dmd
 import evaluate
+import memory
 import ode_init
 import sample
 import teacher
@@ -162,3 +163,13 @@ def test_the_text_encoder_is_trained_on_the_captions(stages):
     encoder = load_model(TextEncoder, str(stages / "runs/teacher/text_encoder.safetensors"))
     assert encoder.config.words == 16
     assert encoder(["a grey zebra"]).any()
+
+
+def test_a_dry_run_decodes_nothing(call, monkeypatch):
+    monkeypatch.setattr("clips.make_shards", None)
+    line = "--data own --size 32 32 --frames 13 --steps 2 --dry-run 1 --out dry"
+    status, out, err = call(vae, line)
+    memory.Planning.on.__exit__(None, None, None)
+    memory.Planning.on = None
+    assert status == 0, err
+    assert "in GiB" in out
