@@ -16,7 +16,8 @@ from launch import RANK, WORLD
 import torch
 
 import distributed
-from weights import UserError, file_hash, load_pickled, reason, written
+from untrusted import load_pickled
+from weights import UserError, file_hash, reason, written
 
 NAMES = "checkpoint.pt", "checkpoint.before.pt"
 

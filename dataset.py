@@ -18,7 +18,8 @@ from distributed import first_alone
 from memory import Planning
 from text import TextConfig, split
 from training import read_saved
-from weights import UserError, check_stored, is_plain, is_public, own_clips, written
+from untrusted import check_stored
+from weights import UserError, is_plain, is_public, own_clips, written
 
 # how often a motion is drawn, in the order of data.MOTIONS: a bounce and a spin take far longer to
 # learn than standing still

@@ -17,6 +17,7 @@ from diffusion import GUIDANCE, flow_matching_loss, guided_v, noise_source, with
 from evaluate import fixed_sheet
 from model import DiT
 from ode_init import chunk_levels
+from optimisers import EMA, adamw, optimise
 from sample import denoise_chunk, predict_x0, remember_chunk
 from text import TextEncoder
 from vae import VAE
@@ -102,9 +103,9 @@ class Distillation:
     def __init__(self, student, teacher, generate, run, guidance, fake_updates, causal_scores):
         self.student, self.teacher = student.train(), teacher.requires_grad_(False)
         self.fake = copy.deepcopy(teacher).requires_grad_(True).train()
-        self.student_optimizer = training.adamw(student.parameters(), run.lr, betas=(0.0, 0.99))
-        self.fake_optimizer = training.adamw(self.fake.parameters(), 2 * run.lr, betas=(0.0, 0.99))
-        self.ema = training.EMA(student, 0.99)
+        self.student_optimizer = adamw(student.parameters(), run.lr, betas=(0.0, 0.99))
+        self.fake_optimizer = adamw(self.fake.parameters(), 2 * run.lr, betas=(0.0, 0.99))
+        self.ema = EMA(student, 0.99)
         self.generate, self.run = generate, run
         self.guidance, self.fake_updates, self.attention = guidance, fake_updates, {}
         if causal_scores:
@@ -141,13 +142,13 @@ class Distillation:
         eps = torch.randn(x0_hat.shape, generator=generator).to(x0_hat.device)
         with self.run.autocast():
             loss, distance = dmd_loss(x0_hat, real, fake, schedule, t, eps)
-        return {"grad": training.optimise(self.student_optimizer, loss), "distance": distance}
+        return {"grad": optimise(self.student_optimizer, loss), "distance": distance}
 
     def update_fake(self, x0_hat, t, text, generator):
         """Let the fake score learn the distribution of the student's clips x0_hat."""
         with self.run.autocast():
             loss = flow_matching_loss(self.fake, x0_hat, t, text, generator, **self.attention)
-        return {"fake_loss": loss, "fake_grad": training.optimise(self.fake_optimizer, loss)}
+        return {"fake_loss": loss, "fake_grad": optimise(self.fake_optimizer, loss)}
 
 
 def main():

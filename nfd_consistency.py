@@ -20,6 +20,7 @@ import flags
 import training
 from nfd_teacher import WALK, ActionDiT, WalkLatents, draw_walk_times, own_past, walk_sheet
 from nfd_world import sample_walks
+from optimisers import EMA, Muon, optimise
 from text import TextEncoder
 from vae import VAE
 from weights import check_fit, check_role, load_model, made_with, shipped
@@ -72,9 +73,9 @@ def main():
     c = replace(teacher.config, shift=teacher.config.shift / 4)
     student.config = target.config = averaged.config = c
     times = student.schedule.timesteps(args.grid).float().to(run.device)
-    ema = training.EMA(student, 0.95)  # f^-
-    slow = training.EMA(student, 0.998)  # what is sampled from and shipped
-    optimizer = training.Muon(student.blocks.parameters(), student.parameters(), run.lr)
+    ema = EMA(student, 0.95)  # f^-
+    slow = EMA(student, 0.998)  # what is sampled from and shipped
+    optimizer = Muon(student.blocks.parameters(), student.parameters(), run.lr)
     if run.compile:
         for network in (student, target, teacher):
             network.compile(dynamic=False)
@@ -104,7 +105,7 @@ def main():
             x0, level, condition = walk_batch(generator) if i % 4 else image_batch(generator)
             parts = (student, target, teacher, x0, level, times, condition, generator)
             loss = consistency_loss(*parts, chunk=c.chunk, window=c.window)
-        norm = training.optimise(optimizer, loss)
+        norm = optimise(optimizer, loss)
         ema.update(student, i)
         slow.update(student, i)
         return {"loss": loss, "grad": norm}

@@ -21,6 +21,7 @@ from dmd import rollout
 from media import save_sheet
 from model import DiT, ModelConfig
 from nfd_world import ACTIONS, measure_walks, sample_walks
+from optimisers import EMA, Muon, optimise
 from sample import chunk_shape, denoise_chunk, from_noise, remember_chunk, stream
 from teacher import draw_chunk_times, drop_prompts
 from text import TextEncoder
@@ -231,8 +232,8 @@ def main():
         data = WalkLatents(vae, sample_walks(args.clips, WALK, torch.Generator().manual_seed(0)))
     both = nn.ModuleList([model.train(), encoder])
     averaged = nn.ModuleList([ActionDiT(model.config), TextEncoder()]).to(run.device)
-    ema = training.EMA(both)
-    optimizer = training.Muon(model.blocks.parameters(), both.parameters(), run.lr)
+    ema = EMA(both)
+    optimizer = Muon(model.blocks.parameters(), both.parameters(), run.lr)
     if run.compile:
         model.compile(dynamic=False)  # a graph for images, one for walks
     schedule, window = model.schedule, model.config.window
@@ -262,7 +263,7 @@ def main():
         with run.autocast():
             chunks = {"chunk": model.config.chunk, "window": window}
             loss = flow_matching_loss(model, x0, t, condition, generator, **chunks)
-        norm = training.optimise(optimizer, loss)
+        norm = optimise(optimizer, loss)
         ema.update(both, i)
         return {"loss": loss, "grad": norm}
 

@@ -18,6 +18,7 @@ from dataset import kept_in, next_command, training_world
 from diffusion import solve_teacher
 from evaluate import fixed_sheet
 from model import DiT
+from optimisers import EMA, Muon, optimise
 from text import TextEncoder
 from vae import VAE
 from weights import UserError, check_fit, file_hash, load_model, made_with, shipped
@@ -31,8 +32,7 @@ def student_grid(solver_steps, student):
         full, times = 1000, (*student.times, 0)
     needed = full // math.gcd(full, *times)
     if solver_steps % needed:
-        problem = f"--solver-steps must be a multiple of {needed}, so that the student's times"
-        raise UserError(f"{problem} lie on the solver's grid")
+        raise UserError(f"--solver-steps must be a multiple of {needed} to fit the student's times")
     return torch.tensor([(full - time) * solver_steps // full for time in times])
 
 
@@ -104,13 +104,12 @@ def main():
         return make_trajectories(averaged, encoder, draw, range(first, count), *how)
 
     name = f"{key}-{args.trajectories}-{args.solver_steps}-{student.config.steps}.pt"
-    told = f"solving {16 * count:,} ODEs"
     kinds = {"states": torch.Tensor, "prompts": list}
     path = os.path.join("runs", "trajectories", name)
-    kept = kept_in(path, kinds, told, count, make)
+    kept = kept_in(path, kinds, f"solving {16 * count:,} ODEs", count, make)
     states, prompts = (kept[name][: args.trajectories] for name in kinds)
-    ema = training.EMA(student)
-    optimizer = training.Muon(student.blocks.parameters(), student.parameters(), run.lr)
+    ema = EMA(student)
+    optimizer = Muon(student.blocks.parameters(), student.parameters(), run.lr)
     if run.compile:
         student.compile()
 
@@ -121,7 +120,7 @@ def main():
         with run.autocast():
             x = states[index].to(run.device, torch.float32)
             loss = regression_loss(student, x, text, generator)
-        norm = training.optimise(optimizer, loss)
+        norm = optimise(optimizer, loss)
         ema.update(student, i)
         return {"loss": loss, "grad": norm}
 

@@ -16,6 +16,7 @@ from dataset import next_command, training_world
 from diffusion import draw_times, flow_matching_loss
 from evaluate import fixed_sheet
 from model import DiT
+from optimisers import EMA, Muon, optimise
 from text import TextConfig, TextEncoder
 from vae import VAE
 from weights import UserError, check_fit, load_model, made_with, shipped
@@ -72,8 +73,8 @@ def train_teacher(run, model, encoder, vae, data, world, shape, times, kind, att
     """
     both = nn.ModuleList([model.train(), encoder])
     averaged = copy.deepcopy(both).eval()
-    ema = training.EMA(both)
-    optimizer = training.Muon(model.blocks.parameters(), both.parameters(), run.lr)
+    ema = EMA(both)
+    optimizer = Muon(model.blocks.parameters(), both.parameters(), run.lr)
     if run.compile:
         model.compile(dynamic=False)  # a graph for images, one for whole clips, one for short ones
 
@@ -83,7 +84,7 @@ def train_teacher(run, model, encoder, vae, data, world, shape, times, kind, att
             text = drop_prompts(encoder(prompts), generator)
             t = times(*x0.shape[:2], generator).to(run.device)
             loss = flow_matching_loss(model, x0, t, text, generator, **attention)
-        norm = training.optimise(optimizer, loss)
+        norm = optimise(optimizer, loss)
         ema.update(both, i)
         return {"loss": loss, "grad": norm}
 

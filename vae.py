@@ -21,6 +21,7 @@ import training
 from dataset import next_command, training_world
 from media import save_sheet
 from model import ModelConfig
+from optimisers import EMA, Muon, optimise
 
 
 @dataclass
@@ -212,15 +213,15 @@ def clip_shape(progress, batch_size):
 def train_vae(run, name, vae, world, begin=0.0):
     """Train a VAE on a world of `dataset`, normalise its latents, and write OUT/NAME.safetensors.
     begin: the progress of `clip_shape` that the run begins at."""
-    averaged, ema = copy.deepcopy(vae).eval(), training.EMA(vae, 0.998)
-    optimizer = training.Muon(vae.parameters(), vae.parameters(), run.lr)
+    averaged, ema = copy.deepcopy(vae).eval(), EMA(vae, 0.998)
+    optimizer = Muon(vae.parameters(), vae.parameters(), run.lr)
 
     def step(i, generator):
         count, frames = clip_shape(begin + (1 - begin) * i / run.steps, run.batch_size)
         video = world.video(count, frames, generator, run.device)
         with run.autocast():
             total, error = vae_loss(vae, video, generator)
-        norm = training.optimise(optimizer, total)
+        norm = optimise(optimizer, total)
         ema.update(vae, i)
         return {"psnr": 6.0206 - 10 * torch.log10(error), "grad": norm}
 

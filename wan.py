@@ -18,8 +18,9 @@ from torch.nn import functional as F
 import weights
 from model import DiT, ModelConfig
 from text import TextConfig, TextEncoder
+from untrusted import check_stored, from_folder, map_weights, read_json
 from vae import VAE, Down, MemoryBlock, Up, VAEConfig, conv
-from weights import UserError, from_folder, sides, summary
+from weights import UserError, sides, summary
 
 WORDS = 512  # tokens of a prompt; shorter ones are padded with zeros, which are attended to
 SIZE = (480, 832)  # height and width that the checkpoints were trained for
@@ -66,13 +67,13 @@ EXPERTS |= {other: name for name, other in EXPERTS.items()}
 
 def read_checkpoint(path):
     """Map a checkpoint into memory: (name -> tensor, the key that they were under or None)."""
-    found = weights.map_weights(path)
+    found = map_weights(path)
     under = next((name for name in ("generator_ema", "generator") if name in found), None)
     tensors = found.get(under, found)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(type(name) is str and weights.is_plain(value) for name, value in items):
         raise UserError(f"{path} holds other things than floating point of 16 to 64 bits")
-    weights.check_stored(path, tensors.values())
+    check_stored(path, tensors.values())
     return dict(tensors), under
 
 
@@ -104,10 +105,9 @@ def kind_of(path, tensors, under):
 
 
 def config_of(path, tensors, preset):
-    """Read the config off the tensors' shapes, but the head count from a config.json beside them,
-    else dim / 128. Raises UserError."""
+    """Read the config from shapes, the heads from config.json or dim / 128. Raises UserError."""
     near = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    given = weights.read_json(near) if os.path.isfile(near) else {}
+    given = read_json(near) if os.path.isfile(near) else {}
     try:
         dim, in_dim, *patch = sides(tensors, "patch_embedding.weight", 5)
         sizes = {"dim": dim, "in_dim": in_dim, "patch_size": patch}

@@ -8,18 +8,14 @@ import launch
 import contextlib
 import glob
 import hashlib
-import importlib
 import io
 import json
 import os
-import pickle
 import platform
 import re
 import shlex
 import subprocess
 import sys
-import warnings
-import zipfile
 from dataclasses import asdict, fields
 from secrets import token_hex
 
@@ -182,7 +178,7 @@ def read_weights(path):
     return {name: tensor.float() for name, tensor in tensors.items()}, config
 
 
-# ------------------------------------------------------------------- files of other projects
+# ------------------------------------------------------------------------ whose weights they are
 def is_public(path):
     """Whether a path names weights as other projects write them, without our metadata."""
     if os.path.isdir(path) or path.endswith((".pt", ".pth", ".json")):
@@ -191,37 +187,6 @@ def is_public(path):
         return False
     with opened(path) as file:
         return not {"config", "stage"} & set(file.metadata() or {})
-
-
-def load_pickled(path, device="cpu", mmap=False):
-    """Read what torch.save wrote, in its present format or the one before; code in it is never run.
-    mmap: map its tensors into memory, where the format allows that, and do not check their sums.
-    Raises ValueError for all else, and UserError if there is too little memory."""
-    problem = "it is damaged, cut short, or not what torch.save writes"
-    try:
-        with open(path, "rb") as file:
-            begin = file.read(4)
-        packed, whole = begin == b"PK\x03\x04", begin[:1] == b"\x80"
-        if packed:
-            with zipfile.ZipFile(path) as parts:
-                # torch compresses nothing, so that no file takes more memory than its size
-                found = parts.infolist()
-                whole = all(part.compress_type == zipfile.ZIP_STORED for part in found)
-                whole = whole and sum(part.file_size for part in found) <= os.path.getsize(path)
-                whole = whole and (mmap or not parts.testzip())
-        if whole:
-            options = {"map_location": device, "mmap": mmap and packed}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old formats, in many lines
-                return torch.load(path, weights_only=True, **options)
-    except pickle.UnpicklingError:  # whose text says how to run what is in the file
-        problem = "it is damaged, or holds more than numbers and text; nothing in it was run"
-    except OSError as error:
-        problem = reason(error)
-    except Exception as error:  # of many kinds, and most in many lines
-        if isinstance(error, MemoryError) or "allocate" in str(error):
-            raise UserError(f"{path} needs more memory than there is") from None
-    raise ValueError(problem)
 
 
 def own_size(path):
@@ -247,72 +212,6 @@ def own_clips(path):
         raise UserError(f"{path} was trained on clips of no size: {numbers[:40]!r}")
     height, width, frames = map(int, numbers.split())
     return {"size": (height, width), "frames": frames, "words": told.get("words", "").split()}
-
-
-def read_json(path):
-    """Read a JSON object. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return found
-
-
-def map_shards(index):
-    """Map all the files that an index names: name -> tensor. Raises UserError."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{index} is no index of shards: it has no weight_map")
-    tensors = {}
-    for name in sorted(set(places.values())):
-        shard = os.path.join(os.path.dirname(index), os.path.basename(name))
-        if not name.endswith(".safetensors") or not os.path.isfile(shard):
-            raise UserError(f"{shard}, a shard that {index} names, is not there; download it again")
-        tensors |= map_weights(shard, False)
-    if missing := sorted(set(places) - set(tensors)):
-        raise UserError(f"{missing[0]} is in none of the shards that {index} names")
-    return tensors
-
-
-def map_weights(path, shards=True):
-    """Map a weights file into memory, so that a tensor is read when it is looked at: a dict.
-
-    path: .safetensors, one of several shards or their index, .pt or .pth, whose code is never run,
-    or a folder that holds the first or the index. Raises UserError.
-    """
-    if os.path.isdir(path):
-        names = [f"diffusion_pytorch_model.safetensors{end}" for end in ("", ".index.json")]
-        found = [p for p in (os.path.join(path, name) for name in names) if os.path.isfile(p)]
-        if not found:
-            raise UserError(f"the folder {path} holds neither {names[0]} nor its index")
-        path = found[0]
-    shard = re.fullmatch(r"(.*)-\d+-of-\d+\.safetensors", path)
-    if path.endswith(".json") or (shards and shard):
-        return map_shards(path if path.endswith(".json") else f"{shard[1]}.safetensors.index.json")
-    if path.endswith(".safetensors"):
-        with opened(path) as file:
-            return {name: file.get_tensor(name) for name in list(file.keys())}
-    try:
-        found = load_pickled(path, mmap=True)
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}; download it again") from None
-    return found if isinstance(found, dict) else {"": found}
-
-
-def from_folder(package, network, folder, **options):
-    """Load a network from its folder as diffusers and transformers write it, never from the net."""
-    if not glob.glob(os.path.join(glob.escape(folder), "*.json")):
-        raise UserError(f"there is no {network} in the folder {folder}")
-    try:
-        found = getattr(importlib.import_module(package), network)
-        return found.from_pretrained(folder, local_files_only=True, **options)
-    except ImportError:
-        raise UserError(f"to load {folder}: pip install {package} sentencepiece") from None
-    except Exception as error:  # each of these libraries has its own
-        raise UserError(f"cannot load a {network} from {folder}: {reason(error)}") from None
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -359,14 +258,6 @@ def is_plain(value):
     numbers = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_nested
     return dense and value.dtype in numbers and value.device.type == "cpu"
-
-
-def check_stored(path, tensors):
-    """Raise UserError for tensors of a file that need more memory than what they are stored in."""
-    stored = [tensor.untyped_storage() for tensor in tensors]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in stored}
-    if sum(tensor.nbytes for tensor in tensors) > sum(sizes.values()):
-        raise UserError(f"{path} is damaged: its tensors overlap or are larger than the file")
 
 
 def check_shapes(expected, tensors):

@@ -1,6 +1,7 @@
 import launch
 import contextlib
 import math
+import os
 import signal
 import sys
 
@@ -10,9 +11,10 @@ import torch
 import flags
 from model import DiT, ModelConfig
 from nfd_teacher import ActionConfig, ActionDiT
+from optimisers import EMA, Muon, optimise
 from page import Show
 from text import TextEncoder
-from training import Run
+from training import Run, train
 from vae import VAE, VAEConfig
 
 TINY = {"dim": 16, "ffn_dim": 16, "freq_dim": 8, "num_heads": 1, "num_layers": 1}
@@ -110,3 +112,35 @@ def command_line(monkeypatch, capsys, tmp_path):
         return status, *capsys.readouterr()
 
     return call
+
+
+def train_linear(out, die_at=None, warmup=3, fail_at=None, factor=math.nan, **flags):
+    """A small training run -> (seconds or None, weights and averages).
+    die_at: the power goes; fail_at: the loss of that step is multiplied by `factor`."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 4)
+    ema = EMA(net)
+    optimizer = Muon(net.parameters(), net.parameters(), flags.get("lr", 0.1))
+    os.makedirs(out, exist_ok=True)
+
+    def step(i, generator):
+        if i == die_at:
+            raise SystemError("power cut")
+        x = torch.randn(8, 4, generator=generator)
+        loss = (net(x) - x.flip(1)).square().mean() * (factor if i == fail_at else 1)
+        norm = optimise(optimizer, loss)
+        ema.update(net, i)
+        return {"loss": loss, "grad": norm}
+
+    def sheet(path):
+        with open(path, "w") as file:
+            file.write("samples")
+        return {}
+
+    state = {"net": net, "ema": ema, "optimizer": optimizer}
+    seconds = train(tiny_run(out, **{"lr": 0.1} | flags), state, step, sheet, warmup)
+    return seconds, [*net.state_dict().values(), *ema.shadow.values()]
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

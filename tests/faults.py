@@ -31,13 +31,13 @@ SCRIPT = f"""
 import os, sys, time
 sys.path[:0] = [{TESTS!r}, {ROOT!r}]
 sys.argv[0] = os.path.join({ROOT!r}, "teacher.py")
-import launch, steps, teacher, training
-inner = training.optimise
+import launch, steps, teacher
+inner = teacher.optimise
 def slow(optimizer, loss, clip=1.0):
     time.sleep(0.05)
     bad = os.environ.get("NAN_RANK") == str(launch.RANK)
     return inner(optimizer, loss * float("nan") if bad else loss, clip)
-training.optimise = slow
+teacher.optimise = slow
 with steps.on_tiny_networks("."):
     teacher.fixed_sheet = lambda *_, **__: {{}}
     launch.run_main(teacher.main)

@@ -24,6 +24,7 @@ from model import DiT
 from nfd_teacher import WALK, ActionDiT, WalkLatents, draw_walk_times, own_past, with_actions
 from nfd_vae import frame_wise
 from nfd_world import sample_walks
+from optimisers import Muon
 from text import TextEncoder
 from vae import VAE, VAEConfig
 from weights import load_model
@@ -140,7 +141,7 @@ def adamw(parameters, lr=LR, betas=(0.9, 0.99)):
 
 
 def muon(model, whole):
-    return training.Muon(model.blocks.parameters(), whole.parameters(), LR)
+    return Muon(model.blocks.parameters(), whole.parameters(), LR)
 
 
 def per_frame(t):
@@ -190,7 +191,7 @@ def denoising_loss(network, x0, t, condition, g, **attention):
 def vae_by_hand(start, shapes=((4, 1), (4, 1), (2, 5), (2, 5), (2, 9))):
     """shapes: clips and frames of each at every one of STEPS."""
     vae = start["vae"]
-    learner = Learner(vae, training.Muon(vae.parameters(), vae.parameters(), LR), 0.998)
+    learner = Learner(vae, Muon(vae.parameters(), vae.parameters(), LR), 0.998)
 
     def step(i, g):
         count, frames = shapes[STEPS.index(i)]

@@ -18,6 +18,7 @@ import checkpoints
 import rows
 import shards
 import training
+from optimisers import adamw, optimise
 from weights import UserError, read_weights
 
 RANKS = os.path.join(os.path.dirname(__file__), "ranks.py")
@@ -130,12 +131,12 @@ def test_the_gradients_of_the_parts_of_a_batch_add_up():
     nets[1].load_state_dict(nets[0].state_dict())
     x, losses = torch.randn(6, 4, generator=generator()), []
     for net, parts in zip(nets, (1, 3), strict=True):
-        optimizer = training.adamw(net.parameters(), 0.1)
+        optimizer = adamw(net.parameters(), 0.1)
         pieces = iter(x.chunk(parts))
 
         def step(i, generator, net=net, pieces=pieces, optimizer=optimizer):
             loss = net(next(pieces)).square().mean()
-            return {"loss": loss.detach(), "grad": training.optimise(optimizer, loss)}
+            return {"loss": loss.detach(), "grad": optimise(optimizer, loss)}
 
         numbers = training.add_up(step, {"o": optimizer}, parts)(0, None)
         losses.append([numbers["loss"].item(), numbers["grad"].item()])

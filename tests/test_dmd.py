@@ -8,8 +8,8 @@ from conftest import generator, tiny_model, tiny_run, tiny_vae
 
 from diffusion import Schedule, noise_source
 from dmd import Distillation, clip_times, dmd_loss, rollout, rollout_x0, student_x0
+from optimisers import adamw, optimise
 from sample import denoise_chunk, stream
-from training import adamw, optimise
 
 MEAN, STD = 1.5, 0.6  # of the data
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generator, tiny_model, tiny_text, tiny_vae
+from conftest import full_disk, generator, tiny_model, tiny_text, tiny_vae
 from torch.nn import functional as F
 
 import evaluate
 from data import sample_clips
+from evaluate import write_results
 from metrics import diversity, fixed_set, health, measure
 from text import TextEncoder
 from weights import UserError, save_weights, shipped
@@ -293,3 +294,37 @@ def test_a_student_is_no_causal_teacher(command_line):
     status, _, err = command_line(evaluate, "--causal", shipped("student"))
     assert status == 2
     assert "holds 'student', not causal teacher" in err
+
+
+# ------------------------------------------------------------------------------- results and docs
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder whose docs/RESULTS.md has two places for tables, one of which has been filled."""
+    monkeypatch.setattr(evaluate, "ROOT", str(tmp_path))
+    (tmp_path / "docs").mkdir()
+    page = "before\n<!-- results/speed.json -->\nold\nrows\n<!-- end -->\nbetween\n"
+    page += "<!-- results/other.json -->\n<!-- end -->\n"
+    (tmp_path / "docs" / "RESULTS.md").write_text(page)
+    write_results(str(tmp_path / "results" / "speed"), {"rows": {"a": 1}}, "| a | \\1 |")
+    return tmp_path
+
+
+def test_results_stand_in_the_docs_where_their_marker_is(results):
+    page = "before\n<!-- results/speed.json -->\n| a | \\1 |\n<!-- end -->\nbetween\n"
+    page += "<!-- results/other.json -->\n<!-- end -->\n"
+    assert (results / "docs" / "RESULTS.md").read_text() == page
+
+
+def test_results_are_kept_as_json(results):
+    assert json.loads((results / "results" / "speed.json").read_text())["rows"] == {"a": 1}
+
+
+def test_results_that_do_not_fit_on_the_disk_leave_nothing(tmp_path):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*speed\.json"):
+        write_results(str(tmp_path / "speed"), {"rows": 3000 * "x"}, "")
+    assert not os.listdir(tmp_path)
+
+
+def test_results_that_cannot_be_written_are_named():
+    with pytest.raises(UserError, match="cannot write /dev/null/speed"):
+        write_results("/dev/null/speed", {}, "")

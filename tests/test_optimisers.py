@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import generator
 
-from training import (
+from optimisers import (
     EMA,
     Muon,
     adamw,

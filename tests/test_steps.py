@@ -26,9 +26,9 @@ from steps import (
 )
 from torch import nn
 
-import training
 from data import sample_clips
 from model import DiT
+from optimisers import EMA
 from text import TextEncoder
 from vae import VAE
 from weights import load_model, read_weights, save_weights
@@ -91,7 +91,7 @@ def off(name, part, both_ways):
 
 
 def averages(state):
-    return [k for k, v in state.items() if isinstance(v, training.EMA)]
+    return [k for k, v in state.items() if isinstance(v, EMA)]
 
 
 every_stage = pytest.mark.parametrize("name", STAGES)

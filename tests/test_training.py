@@ -7,19 +7,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import full_disk, tiny_run
+from conftest import equal, tiny_run, train_linear
 
-import evaluate
 import flags
-from checkpoints import check_hash, mend
-from evaluate import write_results
 from model import ModelConfig
 from text import TextConfig
 from training import (
-    EMA,
-    Muon,
     causal_config,
-    optimise,
     read_config,
     start_run,
     train,
@@ -29,175 +23,69 @@ from weights import UserError
 
 
 # --------------------------------------------------------------------------------- the loop
-def run(out, die_at=None, warmup=3, fail_at=None, factor=math.nan, **flags):
-    """A small training run -> (seconds or None, weights and averages).
-    die_at: the power goes; fail_at: the loss of that step is multiplied by `factor`."""
-    torch.manual_seed(0)
-    net = torch.nn.Linear(4, 4)
-    ema = EMA(net)
-    optimizer = Muon(net.parameters(), net.parameters(), flags.get("lr", 0.1))
-    os.makedirs(out, exist_ok=True)
-
-    def step(i, generator):
-        if i == die_at:
-            raise SystemError("power cut")
-        x = torch.randn(8, 4, generator=generator)
-        loss = (net(x) - x.flip(1)).square().mean() * (factor if i == fail_at else 1)
-        norm = optimise(optimizer, loss)
-        ema.update(net, i)
-        return {"loss": loss, "grad": norm}
-
-    def sheet(path):
-        with open(path, "w") as file:
-            file.write("samples")
-        return {}
-
-    state = {"net": net, "ema": ema, "optimizer": optimizer}
-    seconds = train(tiny_run(out, **{"lr": 0.1} | flags), state, step, sheet, warmup)
-    return seconds, [*net.state_dict().values(), *ema.shadow.values()]
-
-
-def equal(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 @pytest.mark.parametrize("die_at", [3, 6, 8])
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, die_at):
-    _, whole = run(tmp_path / "whole")
+    _, whole = train_linear(tmp_path / "whole")
     with pytest.raises(SystemError):
-        run(tmp_path / "cut", die_at=die_at)
-    seconds, resumed = run(tmp_path / "cut", resume=True)
+        train_linear(tmp_path / "cut", die_at=die_at)
+    seconds, resumed = train_linear(tmp_path / "cut", resume=True)
     assert seconds is not None
     assert equal(resumed, whole)
 
 
 def test_minutes_stop_a_run_before_its_end(tmp_path):
-    assert run(tmp_path, minutes=1e-9)[0] is None
-    assert run(tmp_path, resume=True, minutes=1e-9)[0] is None
+    assert train_linear(tmp_path, minutes=1e-9)[0] is None
+    assert train_linear(tmp_path, resume=True, minutes=1e-9)[0] is None
 
 
 def test_a_run_that_minutes_stopped_resumes_to_the_same_weights(tmp_path):
-    _, whole = run(tmp_path / "whole")
-    run(tmp_path / "cut", minutes=1e-9)
-    seconds, resumed = run(tmp_path / "cut", resume=True)
+    _, whole = train_linear(tmp_path / "whole")
+    train_linear(tmp_path / "cut", minutes=1e-9)
+    seconds, resumed = train_linear(tmp_path / "cut", resume=True)
     assert seconds is not None
     assert equal(resumed, whole)
 
 
 def test_log_has_every_tenth_step_once_after_a_resume(tmp_path):
     with pytest.raises(SystemError):
-        run(tmp_path, steps=30, die_at=21)
-    run(tmp_path, steps=30, resume=True)
+        train_linear(tmp_path, steps=30, die_at=21)
+    train_linear(tmp_path, steps=30, resume=True)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 10, 20, 29]
 
 
 @pytest.mark.parametrize("damage", [{"a": 1, 3: 4}, "not JSON", '{"step": "x"}', "\xff"])
 def test_damaged_lines_of_a_log_are_dropped(tmp_path, damage):
-    run(tmp_path, steps=30, minutes=1e-9)
+    train_linear(tmp_path, steps=30, minutes=1e-9)
     log = tmp_path / "log.jsonl"
     whole = log.read_bytes()
     log.write_bytes(whole + f"{damage}\n".encode("latin-1") + whole[:9])
-    run(tmp_path, steps=30, resume=True)
+    train_linear(tmp_path, steps=30, resume=True)
     lines = log.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 10, 20, 29]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_has_one_log(tmp_path):
     with pytest.raises(SystemError):
-        run(tmp_path, save_every=99, die_at=3)
-    run(tmp_path)
+        train_linear(tmp_path, save_every=99, die_at=3)
+    train_linear(tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
-def damaged(path, how):
-    """Cut a file short, or change a bit of it."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
-    path.write_bytes(path.read_bytes()[:-200] if how == "cut" else content)
-
-
-@pytest.mark.parametrize("how", ["cut", "flipped"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, how):
-    _, whole = run(tmp_path / "whole")
-    with pytest.raises(SystemError):
-        run(tmp_path / "cut", die_at=7)
-    damaged(tmp_path / "cut" / "checkpoint.pt", how)
-    mend(str(tmp_path / "cut"))
-    assert "goes on from the one before it, of step 4" in capsys.readouterr().out
-    assert equal(run(tmp_path / "cut", resume=True)[1], whole)
-
-
-def test_a_changed_bit_of_a_checkpoint_is_found_wherever_it_is(tmp_path):
-    run(tmp_path)
-    path, found = tmp_path / "checkpoint.pt", 0
-    content = path.read_bytes()
-    for place in range(0, len(content) - 64, 97):
-        changed = bytearray(content)
-        changed[place] ^= 16
-        path.write_bytes(changed)
-        with pytest.raises(UserError, match="its checksum does not fit"):
-            check_hash(str(path))
-        found += 1
-    assert found > 50
-
-
-def whole_but(change):
-    """Damage to a checkpoint: its dict with a change."""
-
-    def damage(path):
-        torch.save(torch.load(path, weights_only=True) | change, path)
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(b"not a checkpoint"),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-100]),
-        lambda path: torch.save(torch.ones(3), path),
-        lambda path: torch.save({}, path),
-        whole_but({"state": {}}),
-        whole_but({"state": {"net": {}, "ema": {}, "optimizer": {}}}),
-        whole_but({"shards": 3}),
-        whole_but({"shards": {"elsewhere": "0"}}),
-    ],
-    ids=[
-        "text",
-        "empty",
-        "cut",
-        "a tensor",
-        "an empty dict",
-        "no parts",
-        "empty parts",
-        "shards that are none",
-        "shards that are not there",
-    ],
-)
-def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, damage):
-    run(tmp_path)
-    damage(tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match=r"checkpoint\.pt") as raised:
-        run(tmp_path, resume=True)
-    assert "\n" not in str(raised.value)
-
-
 def test_a_run_is_not_shorter_than_what_is_done(tmp_path):
-    run(tmp_path)
+    train_linear(tmp_path)
     with pytest.raises(UserError, match="9 steps are done, more than --steps 5"):
-        run(tmp_path, steps=5, resume=True)
+        train_linear(tmp_path, steps=5, resume=True)
 
 
 def test_the_bar_says_why_it_stands_still(tmp_path, capsys):
-    run(tmp_path)
+    train_linear(tmp_path)
     assert "measuring samples" in capsys.readouterr().err
 
 
 def test_a_stopped_run_ends_with_the_command_that_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/stage.py", "--out", "my runs"])
-    run(tmp_path, minutes=1e-9)
+    train_linear(tmp_path, minutes=1e-9)
     assert capsys.readouterr().out.splitlines()[-1] == "python stage.py --out 'my runs' --resume"
 
 
@@ -218,17 +106,17 @@ def test_torchs_warning_of_mixed_dtypes_is_not_shown(tmp_path):
 def test_a_run_that_fails_says_where_and_what_to_do(tmp_path, factor):
     words = f"{tmp_path} failed at step 1: loss is {factor}.*begin again with a lower --lr than 0.1"
     with pytest.raises(UserError, match=words):
-        run(tmp_path, fail_at=1, factor=factor)
+        train_linear(tmp_path, fail_at=1, factor=factor)
 
 
 def test_an_infinite_gradient_alone_ends_a_run(tmp_path):
     with pytest.raises(UserError, match="step 3: grad is"):
-        run(tmp_path, fail_at=3, factor=1e38)
+        train_linear(tmp_path, fail_at=3, factor=1e38)
 
 
 def test_a_run_that_fails_at_once_writes_nothing(tmp_path):
     with pytest.raises(UserError):
-        run(tmp_path, fail_at=0)
+        train_linear(tmp_path, fail_at=0)
     assert not os.listdir(tmp_path)
 
 
@@ -237,19 +125,19 @@ def test_a_run_that_fails_at_once_writes_nothing(tmp_path):
 )  # meta stands for a GPU, which is not waited for
 @pytest.mark.parametrize("fail_at", [4, 5])
 def test_a_run_that_fails_keeps_its_last_checkpoint(tmp_path, device, fail_at):
-    run(tmp_path / "good", steps=4)
+    train_linear(tmp_path / "good", steps=4)
     with pytest.raises(
         UserError, match=f"step {fail_at}: .*--resume its last checkpoint with a lower"
     ):
-        run(tmp_path / "bad", fail_at=fail_at, device=torch.device(device))
+        train_linear(tmp_path / "bad", fail_at=fail_at, device=torch.device(device))
     assert torch.load(tmp_path / "bad" / "checkpoint.pt", weights_only=True)["step"] == 4
 
 
 def test_a_run_that_failed_goes_on_from_its_checkpoint(tmp_path):
-    _, whole = run(tmp_path / "whole")
+    _, whole = train_linear(tmp_path / "whole")
     with pytest.raises(UserError):
-        run(tmp_path / "cut", fail_at=5)
-    assert equal(run(tmp_path / "cut", resume=True)[1], whole)
+        train_linear(tmp_path / "cut", fail_at=5)
+    assert equal(train_linear(tmp_path / "cut", resume=True)[1], whole)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -262,29 +150,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="largest weight is inf"):
         train(tiny_run(tmp_path, steps=1), {"net": net}, step, lambda path: {})
     assert not os.path.exists(tmp_path / "checkpoint.pt")
-
-
-def test_a_full_disk_is_named_in_one_line(tmp_path):
-    with full_disk(), pytest.raises(UserError, match=r"cannot write .*checkpoint\.pt: File too la"):
-        run(tmp_path)
-
-
-def test_a_full_disk_keeps_the_last_checkpoint_and_nothing_else(tmp_path):
-    run(tmp_path, steps=2)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    with full_disk(), pytest.raises(UserError):
-        run(tmp_path, resume=True)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.jsonl", "sheet.png"}
-
-
-def test_a_full_disk_leaves_both_checkpoints(tmp_path):
-    run(tmp_path, steps=4)
-    names = ["checkpoint.pt", "checkpoint.before.pt"]
-    before = [(tmp_path / name).read_bytes() for name in names]
-    with full_disk(), pytest.raises(UserError):
-        run(tmp_path, resume=True)
-    assert [(tmp_path / name).read_bytes() for name in names] == before
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
@@ -307,7 +172,7 @@ def start(out, *arguments):
 def begin(out, *arguments):
     """A run that has made one step of its 9."""
     settings = start(out, *arguments).settings
-    run(out, minutes=1e-9, settings=settings)
+    train_linear(out, minutes=1e-9, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -355,11 +220,11 @@ def test_a_file_with_other_contents_is_another_setting(tmp_path):
 
 
 def test_a_resumed_run_has_the_learning_rate_that_it_is_given(tmp_path):
-    run(tmp_path / "slow", minutes=1e-9)
-    run(tmp_path / "same", minutes=1e-9)
-    _, slow = run(tmp_path / "slow", resume=True, lr=1e-9)
-    _, same = run(tmp_path / "same", resume=True)
-    _, first = run(tmp_path / "first", steps=1)
+    train_linear(tmp_path / "slow", minutes=1e-9)
+    train_linear(tmp_path / "same", minutes=1e-9)
+    _, slow = train_linear(tmp_path / "slow", resume=True, lr=1e-9)
+    _, same = train_linear(tmp_path / "same", resume=True)
+    _, first = train_linear(tmp_path / "first", steps=1)
     assert not equal(same, slow)
     assert torch.allclose(slow[0], first[0], atol=1e-3)
 
@@ -369,18 +234,6 @@ def test_a_damaged_checkpoint_is_named_before_the_run_starts(tmp_path, found):
     (tmp_path / "checkpoint.pt").write_bytes(found)
     with pytest.raises(UserError, match=r"cannot read .*checkpoint\.pt"):
         start(tmp_path, "--resume")
-
-
-def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
-    run(tmp_path)
-    path = tmp_path / "checkpoint.pt"
-    found, saved = torch.load(path, weights_only=True), bytearray(path.read_bytes())
-    weight = found["state"]["net"]["weight"].numpy().tobytes()
-    place = saved.index(weight)
-    saved[place + 1] ^= 4
-    path.write_bytes(saved)
-    with pytest.raises(UserError, match=r"cannot read .*checkpoint\.pt: it is damaged"):
-        run(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("saved", [{"settings": "all"}, {"base_lr": 5}, {}])
@@ -409,7 +262,7 @@ def test_code_in_a_checkpoint_is_not_run_nor_is_it_told_how(tmp_path, monkeypatc
 def test_a_log_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot read .*log\.jsonl"):
-        run(tmp_path)
+        train_linear(tmp_path)
 
 
 def test_a_second_training_into_a_folder_is_refused(tmp_path):
@@ -436,11 +289,11 @@ def test_a_folder_of_other_things_is_not_resumed(tmp_path):
 
 
 def test_a_run_that_was_stopped_in_its_preparation_is_resumed(tmp_path, capsys):
-    _, whole = run(tmp_path / "whole")
+    _, whole = train_linear(tmp_path / "whole")
     start(tmp_path / "cut")
     start(tmp_path / "cut", "--resume")
     assert "no checkpoint yet" in capsys.readouterr().out
-    assert equal(run(tmp_path / "cut", resume=True)[1], whole)
+    assert equal(train_linear(tmp_path / "cut", resume=True)[1], whole)
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
@@ -486,37 +339,3 @@ def test_another_number_of_steps_forgets_the_list_of_times():
 def test_chunk_window_and_steps_of_less_than_1_are_refused(given):
     with pytest.raises(UserError, match="from 1 to"):
         causal_config(ModelConfig(), *given)
-
-
-# ------------------------------------------------------------------------------- results and docs
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    """A folder whose docs/RESULTS.md has two places for tables, one of which has been filled."""
-    monkeypatch.setattr(evaluate, "ROOT", str(tmp_path))
-    (tmp_path / "docs").mkdir()
-    page = "before\n<!-- results/speed.json -->\nold\nrows\n<!-- end -->\nbetween\n"
-    page += "<!-- results/other.json -->\n<!-- end -->\n"
-    (tmp_path / "docs" / "RESULTS.md").write_text(page)
-    write_results(str(tmp_path / "results" / "speed"), {"rows": {"a": 1}}, "| a | \\1 |")
-    return tmp_path
-
-
-def test_results_stand_in_the_docs_where_their_marker_is(results):
-    page = "before\n<!-- results/speed.json -->\n| a | \\1 |\n<!-- end -->\nbetween\n"
-    page += "<!-- results/other.json -->\n<!-- end -->\n"
-    assert (results / "docs" / "RESULTS.md").read_text() == page
-
-
-def test_results_are_kept_as_json(results):
-    assert json.loads((results / "results" / "speed.json").read_text())["rows"] == {"a": 1}
-
-
-def test_results_that_do_not_fit_on_the_disk_leave_nothing(tmp_path):
-    with full_disk(), pytest.raises(UserError, match=r"cannot write .*speed\.json"):
-        write_results(str(tmp_path / "speed"), {"rows": 3000 * "x"}, "")
-    assert not os.listdir(tmp_path)
-
-
-def test_results_that_cannot_be_written_are_named():
-    with pytest.raises(UserError, match="cannot write /dev/null/speed"):
-        write_results("/dev/null/speed", {}, "")
