@@ -210,7 +210,7 @@ def written_in(name, path):
             )
     else:
         mapped = zipfile.is_zipfile(path) and name not in ("checkpoint", "latents")
-        found = torch.load(path, weights_only=True, mmap=mapped)
+        found = torch.load(path, "cpu", weights_only=True, mmap=mapped)
     if name == "checkpoint":
         return flat(found.pop("state")) | {"generator": found["generator"]}
     if name in ("causvid", "self_forcing"):

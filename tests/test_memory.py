@@ -5,10 +5,11 @@ import os
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_model, tiny_run, tiny_text
 
 import memory
 import teacher
+import training
 
 
 @pytest.fixture
@@ -58,3 +59,24 @@ def test_the_ledger_knows_the_most_that_lived_at_once():
         torch.zeros(50, device="meta")
     assert ledger.most == 2 * 400
     assert ledger.now == 0
+
+
+def kept_for_the_backward_pass(**how):
+    """Bytes that autograd saves in a forward pass of a tiny transformer, in a run with flags."""
+    model, sizes = tiny_model(num_layers=6), []
+    training.prepare(tiny_run(**how), {"model": model}, ())
+
+    def save(tensor):
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    def give_back(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, give_back):
+        model(torch.zeros(1, 6, 8, 8, 8), torch.full((1, 6), 0.5), tiny_text())
+    return sum(sizes)
+
+
+def test_recomputing_keeps_less_for_the_backward_pass():
+    assert kept_for_the_backward_pass(recompute=True) < kept_for_the_backward_pass() / 2
