@@ -17,6 +17,7 @@ memory, or a trace of the code that some files hold. The same seed gives the sam
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import math
 import os
@@ -272,6 +273,7 @@ def judge(name, path, whole):
     child = os.fork()
     if child == 0:
         try:
+            gc.disable()  # what it frees of the parent's would hide what the loader takes
             torch.set_num_threads(1)  # a fork has none of the parent's threads, and waits for them
             signal.alarm(SECONDS)
             silent = os.open(os.devnull, os.O_WRONLY)
