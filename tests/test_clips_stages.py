@@ -3,11 +3,13 @@
 import functools
 import json
 import os
+import subprocess
 
 import pytest
 import torch
 from conftest import TINY
 from test_clips import clip
+from test_distributed import LAUNCH
 from test_stages import run_script
 
 import dmd
@@ -149,6 +151,24 @@ def test_resumed_training_on_clips_ends_in_the_same_weights(stages, monkeypatch)
         both = [load_model(network, f"{out}/{name}.safetensors") for out in (f"whole_{name}", name)]
         for one, two in zip(*(part.state_dict().values() for part in both), strict=True):
             assert torch.equal(one, two)
+
+
+def test_two_processes_train_on_clips_as_one_does(stages, tmp_path):
+    """One of them decodes and encodes the clips; the losses are those of one process."""
+    for name in ("own", "tiny.json", "runs/vae/vae.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(stages / name)
+    more = "--data own --steps 2 --batch-size 2 --device cpu --dtype float32 --threads 1"
+    command = f"teacher.py {more} --vae runs/vae/vae.safetensors --config tiny.json"
+    script, *flags = f"{command} --out two".split()
+    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), script)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*LAUNCH, script, *flags], check=True, cwd=tmp_path, env=environment)
+    run_script(f"{command} --out one", tmp_path)
+    logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("one", "two")]
+    losses = [[json.loads(line)["loss"] for line in log if "loss" in line] for log in logs]
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_a_run_does_not_go_on_with_other_clips(stages, monkeypatch, call):
