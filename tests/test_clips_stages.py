@@ -154,7 +154,6 @@ def test_resumed_training_on_clips_ends_in_the_same_weights(stages, monkeypatch)
 
 
 def test_two_processes_train_on_clips_as_one_does(stages, tmp_path):
-    """One of them decodes and encodes the clips; the losses are those of one process."""
     for name in ("own", "tiny.json", "runs/vae/vae.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(stages / name)
