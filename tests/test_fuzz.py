@@ -1,6 +1,9 @@
 """A short pass of fuzz_weights.py, and that it sees what it looks for."""
 
+import concurrent.futures
+import multiprocessing
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +15,16 @@ import fuzz_weights
 from weights import UserError
 
 
-def test_damaged_weights_are_refused_or_loaded_right():
-    table, failures, _ = fuzz_weights.fuzz(60, seed=1, show=str)
+@pytest.fixture(scope="module")
+def fresh():
+    """A process that holds little: what a fork frees of a large one hides what its loader takes."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        yield lambda *args, **named: pool.submit(*args, **named).result()
+
+
+def test_damaged_weights_are_refused_or_loaded_right(fresh):
+    table, failures, _ = fresh(fuzz_weights.fuzz, 60, seed=1, show=str)
     assert not failures
     assert {"refused", "whole", "as written"} == {verdict for *_, verdict in table}
 
@@ -42,6 +53,11 @@ def lies(_):
     return {"a": torch.zeros(3)}, None
 
 
+def judge(load, path):
+    with mock.patch.object(fuzz_weights, "load", lambda name, path: load(path)):
+        return fuzz_weights.judge("causvid", path, ({"a": torch.ones(3)}, None))
+
+
 @pytest.mark.parametrize(
     ("load", "verdict"),
     [
@@ -52,9 +68,8 @@ def lies(_):
         (lies, "other numbers"),
     ],
 )
-def test_a_loader_that_fails_is_seen(monkeypatch, tmp_path, load, verdict):
+def test_a_loader_that_fails_is_seen(fresh, tmp_path, load, verdict):
     path = str(tmp_path / "a.pt")
     torch.save({"a": torch.ones(3)}, path)
-    monkeypatch.setattr(fuzz_weights, "load", lambda name, path: load(path))
-    found, *_ = fuzz_weights.judge("causvid", path, ({"a": torch.ones(3)}, None))
+    found, *_ = fresh(judge, load, path)
     assert found == f"FAILED: {verdict}"
